@@ -113,7 +113,6 @@ class Round:
             if self.extended
             else pick.choice((None, self.flush_for, self.flush_for)),
             extended=self.extended,
-            inline_syncs=pick.random() < 0.3,
             tls=self.ours.records if isinstance(self.ours, TlsSocket) else None,
         )
 

@@ -21,6 +21,7 @@ class ReceiverRound(Round):
         self.received_places = SimpleNamespace(begin=0, end=0, served=self._served)
         self.output = SimpleNamespace(base=0, end=0, sent_to=self._sent_to)
         self.is_broken = False
+        self.other = os.eventfd(0, os.EFD_NONBLOCK)
         self._lend()
         self.receiver = self.fast.Receiver(
             self.plane,
@@ -31,6 +32,7 @@ class ReceiverRound(Round):
             polling=SimpleNamespace(last=None),
             may_poll=lambda: pick.random() < 0.9,
             has_no_losses=lambda: pick.random() < 0.9,
+            find_loop_fd=self._find_loop_fd,
             poll_ns=pick.choice((0, 0, 0, 0, 0, 0, 0, 1000, POLL_NS)),
             poll_streak=pick.choice((0, 1, 4)),
             poll_skip_max=8,
@@ -41,6 +43,14 @@ class ReceiverRound(Round):
             ended=lambda: None,
             failed=self._failed,
         )
+
+    def _find_loop_fd(self) -> int:
+        """Of an event loop that has sometimes something else to do, or is unknown."""
+        if self.random.random() < 0.3:
+            return -1
+        if self.random.random() < 0.3:
+            os.eventfd_write(self.other, 1)
+        return self.other
 
     def _served(self, begin: int, end: int) -> None:
         self.received_places.begin, self.received_places.end = begin, end
@@ -136,6 +146,6 @@ class ReceiverRound(Round):
         self.receiver.close()
         self.file.syncer = None
         self.syncer.close()
-        for fd in self.pipe:
+        for fd in (*self.pipe, self.other):
             os.close(fd)
         super().close()

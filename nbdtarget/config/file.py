@@ -138,11 +138,9 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "bytes_total_max": (1, _BYTES_MAX),
     "send_buffer_max": (_OUTPUT_MIN, _BYTES_MAX),
     "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
-    "inline_syncs": (False, True),
 }
 _LIMIT_KEYS: Final[dict[str, Any]] = {
-    **{key: float if key.endswith("_s") else int for key in _LIMIT_RANGES},
-    "inline_syncs": bool,
+    key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
 }
 _SIZE_KEYS: Final = (
     "handshake_output_max",

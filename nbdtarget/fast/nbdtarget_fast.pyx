@@ -20,6 +20,10 @@ while the route says that a FLUSH of the device is a sync of one file (`Route.ma
 writing back begins at once, the thread of the Syncer syncs, and answers; the loop waits for it, up to `FastFile.sync_wait_ns`. A sync that fails, or takes longer, is Python's: it
 learns of the sync (`sync_left`), and the request goes the usual way.
 
+That is two threads for each request, and each hands over to the other. So the thread goes on in the place of the loop (`_serve_on`), which still stands still: it waits for what the loop would
+wait for, the next request of the client and all other events (`loop_fd`), and serves the client alone, until something else comes, or for `stay_ns`. The loop looks at each of these syncs as at the first
+one: if it takes too long, the loop goes on, and the thread touches nothing of the connection any more.
+
 In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
 again. So every rule that is not about plain requests is written once, in Python. And everything but such READs
 ends inside `turn`: nothing else is in flight when Python code runs. A suspend, a table swap, a
@@ -89,7 +93,7 @@ from nbdtarget_ring cimport (
     submit_and_wait,
     take_ended,
 )
-from nbdtarget_sync cimport Syncer, sync_begin, sync_end, sync_here, sync_job
+from nbdtarget_sync cimport Syncer, sync_begin, sync_end, sync_job, sync_next
 from nbdtarget_tls cimport Records, TlsRecords, iovec, tls_has_pending, tls_receive, tls_send
 
 from nbdtarget_map import new_owner
@@ -99,9 +103,11 @@ cdef extern from "<sys/types.h>" nogil:
 
 cdef extern from *:
     """
+    #include <poll.h>
     #include <sys/socket.h>
     #include <sys/syscall.h>
     #include <sys/uio.h>
+    #include <time.h>
     #include <unistd.h>
 
     /* In a process with threads, the functions of the C library cost two atomic operations more for each call, because a thread could be
@@ -125,11 +131,21 @@ cdef extern from *:
     #define socket_recv recv
     #define socket_send send
     #endif
+
+    /* Wait until one of them is readable. Returns 1: the first one is; -1: only the other one is; 0: neither. */
+    static inline int wait_for_either(int fd, int other_fd, int64_t wait_ns) {
+        struct pollfd places[2] = {{.fd = fd, .events = POLLIN}, {.fd = other_fd, .events = POLLIN}};
+        const struct timespec time = {wait_ns / 1000000000, wait_ns % 1000000000};
+        if (ppoll(places, 2, &time, NULL) <= 0)
+            return 0;
+        return places[0].revents ? 1 : -1;
+    }
     """
     ssize_t file_preadv2(int fd, const iovec *places, int count, off_t offset, int flags) nogil
     ssize_t file_pwrite(int fd, const void *data, size_t length, off_t offset) nogil
     ssize_t socket_recv(int fd, void *data, size_t length, int flags) nogil
     ssize_t socket_send(int fd, const void *data, size_t length, int flags) nogil
+    int wait_for_either(int fd, int other_fd, int64_t wait_ns) nogil
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
@@ -214,6 +230,7 @@ cdef enum Stop:
     STOP_CLOSED = 5
     STOP_FAILED = 6
     STOP_POLLED = 7
+    STOP_RECEIVED = 8  # of `_serve_on` only: what was received last is for the turn
 
 # What `Plane.turn` returns.
 DONE = STOP_DONE  # what was there has been served, and the replies have left
@@ -254,7 +271,11 @@ cdef enum:
     # A READ that is alone, and misses the page cache, is waited for. This does not pay off for a slow disk: each time that
     # it does not, twice as many READs are not waited for.
     WAIT_NS = 250000
-    SYNC_RECENT_NS = 1000000  # the loop's thread syncs itself only if the last sync has ended since
+    STAY_NS = 2000000  # a client may stay with the thread that syncs for so long: timers of the loop wait meanwhile
+    SPIN_NS = 20000  # so long the thread looks at the socket again and again, before it sleeps
+    SPIN_SKIP_MAX = 512  # each time that it was in vain, twice as many requests are waited for asleep
+    NOTHING_CAME = -2
+    STAY_REST = 16  # so many syncs after it was ended by something else, it does not stay
     SYNC_CREDIT = 4  # so many turns after a durable request the next one is expected
     # So many times a FLUSH has followed one or two WRITEs: their writing back begins at once. For more WRITEs this may cost more than it gains.
     SYNC_PAIRS = 8
@@ -324,7 +345,6 @@ cdef struct File:
     bint kicks
     int kick_error
     int64_t sync_wait_ns
-    int64_t synced_ns  # when the last sync here has ended
     uint64_t nr_synced
     unsigned kick_skip  # so many WRITEs are not kicked
     unsigned kick_penalty
@@ -1154,7 +1174,6 @@ cdef class Plane:
         received, arena: the two buffers.
         structured: whether replies to READs are structured.
         extended: whether requests have extended headers, and replies, too.
-        inline_syncs: the thread of the event loop may sync for a client that is alone, however long that takes.
         size: of the export.
         can_write: whether the client was told that it may write.
         flush_for: takes the answer of `take_syncs`, if there is one, after each turn. None: the client was not told that it may send FLUSH,
@@ -1177,6 +1196,8 @@ cdef class Plane:
         was_late: the processor was given away for a look, and came back late; that ends the polling of this turn.
         nr_hits: how many times polling has found something.
         nr_syncs: requests that are done but for a FLUSH of the device; see `take_syncs`.
+        loop_fd: is readable when the loop has something to do; -1: nothing tells that.
+        stay_ns: so long a client may stay with the thread that syncs.
     """
 
     cdef int sock
@@ -1218,10 +1239,19 @@ cdef class Plane:
     cdef unsigned nr_sync_hits
     cdef object flush_for
     cdef readonly int nr_syncs
+    cdef public int loop_fd
+    cdef public int64_t stay_ns
     cdef uint64_t sync_cookies[SYNCS_MAX]
     cdef bint sync_is_flush[SYNCS_MAX]
-    cdef bint inline_syncs
     cdef int lone_sync  # in this turn: LONE_...
+    # While the client is with the thread that syncs.
+    cdef Way *stay_way
+    cdef Stop stay_stop  # why it did not stay longer
+    cdef int64_t stay_end
+    cdef unsigned stay_rest  # so many syncs more it does not stay
+    cdef bint stay_polls
+    cdef unsigned spin_skip  # so many requests are waited for asleep
+    cdef unsigned spin_penalty
     cdef unsigned sync_credit  # so many turns more a durable request is expected
     cdef unsigned nr_pairs  # times that a FLUSH has followed few WRITEs
     cdef unsigned nr_unsynced  # WRITEs to which no FLUSH was counted yet
@@ -1245,9 +1275,10 @@ cdef class Plane:
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
                  uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False,
-                 TlsRecords tls=None, bint inline_syncs=False):
+                 TlsRecords tls=None):
         self.release()
-        self.inline_syncs = inline_syncs
+        self.loop_fd = -1
+        self.stay_ns = STAY_NS
         self.tls = tls
         self.records = NULL if tls is None else &tls.records
         choose_clock()
@@ -1424,7 +1455,7 @@ cdef class Plane:
         cdef ssize_t got
         cdef uint8_t *into = <uint8_t *>self.received.buf
         cdef int64_t began = 0, looked = 0, ended = 0, now
-        cdef bint has_replies
+        cdef bint has_replies, is_lone
         cdef bint is_received = self.end > self.begin  # begin with that
         self.was_batch = False
         self.was_late = False
@@ -1484,8 +1515,18 @@ cdef class Plane:
                 else:
                     submit(self.uring)
             has_replies = self.out > self.base
-            if self.nr_syncs == 1 and stop == STOP_DONE and self.lone_sync and not has_replies and self._sync_alone(way):
+            is_lone = self.nr_syncs == 1 and stop == STOP_DONE and self.lone_sync and not has_replies
+            self.stay_polls = poll_ns > 0
+            if is_lone and self._sync_alone(way):
                 has_replies = True  # though it may have left
+                if self.stay_way != NULL:
+                    poll_ns = 0  # there was more time than for that
+                    stop = self.stay_stop
+                    if stop == STOP_RECEIVED:
+                        is_received = True
+                        continue
+                    if stop == STOP_CLOSED:
+                        return stop
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
                 end_batch(&self.counter, &sampling)
                 return stop
@@ -1818,7 +1859,7 @@ cdef class Plane:
 
     cdef inline void _kick(self, File *file, uint64_t at, uint64_t length) noexcept nogil:
         cdef int64_t slow_since
-        if file.kicks and not (self.inline_syncs and self.lone_sync):
+        if file.kicks:
             slow_since = kick(file, at, length)
             if slow_since:
                 time_anyway(&self.counter, slow_since)
@@ -1838,31 +1879,148 @@ cdef class Plane:
         cdef int status
         cdef ssize_t sent = 0
         if (
-            file.job == NULL or self.was_batch or self.end > self.begin or self.nr_begun
+            file.job == NULL or self.was_batch or self.end > self.begin or self.nr_begun or file.kick_error
             or is_flush and self.lone_sync != LONE_ALL or self.out + SIMPLE_BYTES > self.arena.len
         ):
             self._kick_ahead(file)
             return False
         memcpy(reply, SIMPLE_HEAD, 8)
         memcpy(reply + 8, &cookie, 8)
-        if self.inline_syncs and now_ns() - file.synced_ns < SYNC_RECENT_NS:
-            status = sync_here(file.job)
-        else:
-            # What must be encrypted is for the loop to send.
-            sync_begin(file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES)
-            self._kick_ahead(file)
-            status = sync_end(file.job, file.sync_wait_ns, &sent)
+        self.stay_way = NULL
+        if self.stay_rest:
+            self.stay_rest -= 1
+        elif self.records == NULL and self.loop_fd >= 0:
+            self.stay_way = way
+            self.stay_end = now_ns() + self.stay_ns
+            self.unsynced_length = 0
+        # What must be encrypted is for the loop to send.
+        sync_begin(
+            file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES,
+            <sync_next>serve_on if self.stay_way != NULL else NULL, <void *>self,
+        )
+        if self.stay_way == NULL:
+            self._kick_ahead(file)  # otherwise all is the thread's now
+        status = sync_end(file.job, file.sync_wait_ns, &sent)
         if status:
             file.is_left = True
             file.job = NULL
             return False
-        file.synced_ns = now_ns()
+        if self.stay_way == NULL:
+            self._answered(file, sent)
+        return True
+
+    cdef void _answered(self, File *file, Py_ssize_t sent) noexcept nogil:
+        """The request is synced for, and so much of the answer was sent, which lies in the arena, at `out`."""
         file.nr_synced += 1
         self.nr_syncs = 0
-        self.counter.nr[COUNTED_FLUSH if is_flush else COMMAND_WRITE] += 1
+        self.counter.nr[COUNTED_FLUSH if self.sync_is_flush[0] else COMMAND_WRITE] += 1
         self.base += sent
         self.out += SIMPLE_BYTES
-        return True
+
+    cdef int64_t _serve_on(self, ssize_t nr_sent, char *answer) noexcept nogil:
+        """In the thread of the Syncer, which has answered: serve until a request needs a sync. Returns when that was received, 0: there is none.
+
+        The loop stands still, and waits for the next sync, or the end.
+        """
+        cdef Way *way = self.stay_way
+        cdef File *file = way.file
+        cdef uint64_t cookie
+        cdef ssize_t got
+        cdef int64_t now
+        global nr_batches
+        self._answered(file, max(nr_sent, 0))
+        while True:
+            self.stay_stop = STOP_DONE
+            if not self._send():
+                self.stay_stop = STOP_FAILED if self.error else STOP_BLOCKED
+                return 0
+            if self.nr_unsynced == 1 and self.nr_pairs == SYNC_PAIRS:
+                self._kick_ahead(file)
+            now = end_batch(&self.counter, &sampling) or now_ns()
+            self.counter.received_ns = 0  # it has ended
+            if file.kick_error or file.was_slow or now >= self.stay_end:
+                return 0  # for Python, or for timers
+            got = self._receive_next(now)
+            if got == NOTHING_CAME:
+                return 0
+            if got <= 0:
+                if not got:
+                    self.stay_stop = STOP_CLOSED
+                elif errno != EAGAIN and errno != EINTR:
+                    self.error = errno
+                    self.stay_stop = STOP_FAILED
+                return 0
+            now = now_ns()
+            self.end += got
+            nr_batches += 1
+            if not self._is_one_to_store():
+                self.was_batch = self._is_batch()
+                self.stay_stop = STOP_RECEIVED
+                return 0
+            begin_batch(&self.counter, &sampling, now)
+            self.stay_stop = self._serve(way)
+            if self.stay_stop != STOP_DONE:
+                return 0
+            if self.nr_syncs:
+                self.unsynced_length = 0
+                memcpy(answer, SIMPLE_HEAD, 8)
+                cookie = htobe64(self.sync_cookies[0])
+                memcpy(answer + 8, &cookie, 8)
+                memcpy(<uint8_t *>self.arena.buf + self.out, answer, SIMPLE_BYTES)
+                return now
+
+    cdef ssize_t _receive_next(self, int64_t began) noexcept nogil:
+        """As recv, after waiting for the client, since now. NOTHING_CAME: not before the stay has to end."""
+        cdef uint8_t *into = <uint8_t *>self.received.buf + self.end
+        cdef size_t room = self.received.len - self.end
+        cdef int64_t now = began, looked
+        cdef ssize_t got
+        cdef int ready
+        if self.spin_skip:
+            self.spin_skip -= 1
+        elif self.stay_polls:
+            # To fall asleep and to be woken up takes longer than most clients need for their next request.
+            while now - began < SPIN_NS:
+                sched_yield()
+                looked, now = now, now_ns()
+                if now - looked > self.late_ns:
+                    self.was_late = True
+                    self.stay_polls = False
+                got = self._receive(into, room)
+                if got >= 0 or errno != EAGAIN:
+                    self.spin_penalty = 0
+                    self.nr_sync_hits += 1
+                    if wait_for_either(self.loop_fd, -1, 0):
+                        self._note_disturbance()
+                    return got
+                if self.was_late:
+                    break
+            self.spin_penalty = min(2 * self.spin_penalty + 1, SPIN_SKIP_MAX)
+            self.spin_skip = self.spin_penalty
+        ready = wait_for_either(self.sock, self.loop_fd, self.stay_end - now) if now < self.stay_end else 0
+        if ready > 0:
+            return self._receive(into, room)
+        if ready < 0:
+            self._note_disturbance()
+        return NOTHING_CAME
+
+    cdef inline void _note_disturbance(self) noexcept nogil:
+        """The loop has something else to do. More may follow, in the steps of a task, which nothing tells."""
+        self.stay_end = 0
+        self.stay_rest = STAY_REST
+
+    cdef bint _is_one_to_store(self) noexcept nogil:
+        """Whether one whole request was received, and nothing else, which is a WRITE or a FLUSH."""
+        cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
+        cdef Py_ssize_t left = self.end - self.begin - self.request_bytes
+        cdef uint16_t command
+        if left < 0:
+            return False
+        memcpy(&command, at + 6, 2)
+        command = be16toh(command)
+        if command == COMMAND_WRITE:
+            return left == <Py_ssize_t>self._length(at)
+        return command == COMMAND_FLUSH and not left
 
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
@@ -2233,6 +2391,10 @@ cdef class Plane:
                 first = first.next
 
 
+cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil:
+    return plane._serve_on(nr_sent, answer)
+
+
 # ---- replies ----
 
 cdef inline bint is_zero(const uint8_t *data, size_t length) noexcept nogil:
@@ -2295,6 +2457,7 @@ cdef class Receiver:
         polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
         may_poll: whether nothing is in flight that polling would hold up.
         has_no_losses: whether a FLUSH has nothing to tell but its own end.
+        find_loop_fd: returns the `loop_fd` of the plane, while the loop watches its socket. Called once, if at all.
         poll_ns: after an answer, how long to look at the socket for the next request.
         poll_streak, poll_skip_max, poll_rest, late: see `nbdtarget.server.poller`.
         readable: what the loop would call instead; for everything that is not plain.
@@ -2313,6 +2476,7 @@ cdef class Receiver:
     cdef object polling
     cdef object may_poll
     cdef object has_no_losses
+    cdef object find_loop_fd  # None: it was called
     cdef int64_t poll_ns
     cdef unsigned poll_streak
     cdef unsigned poll_skip_max
@@ -2326,13 +2490,14 @@ cdef class Receiver:
     cdef object ended
     cdef object failed
 
-    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll, has_no_losses,
+    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll, has_no_losses, find_loop_fd=None,
                  int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest, late,
                  readable, stopped, ended, failed):
         self.plane = plane
         self.maybe_route, self.is_plain = maybe_route, is_plain
         self.received, self.output = received, output
         self.polling, self.may_poll, self.has_no_losses = polling, may_poll, has_no_losses
+        self.find_loop_fd = find_loop_fd
         self.poll_ns, self.poll_streak = poll_ns, poll_streak
         self.poll_skip_max, self.poll_rest = poll_skip_max, poll_rest
         self.late, plane.late_ns = late, late.late_ns
@@ -2349,7 +2514,7 @@ cdef class Receiver:
         self.is_sure = False
         self.plane = None
         self.route = None
-        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = self.has_no_losses = None
+        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = self.has_no_losses = self.find_loop_fd = None
         self.readable = self.stopped = self.ended = self.failed = None
 
     def __call__(self):
@@ -2406,6 +2571,9 @@ cdef class Receiver:
         self.plane.sync_credit -= 1
         if self.streak < self.poll_streak or not self.may_poll():
             return LONE_NOTHING
+        if self.find_loop_fd is not None:
+            self.plane.loop_fd = self.find_loop_fd()
+            self.find_loop_fd = None
         return LONE_ALL if self.has_no_losses() else LONE_FUA
 
     cdef bint _turn(self) except -1:

@@ -3,6 +3,8 @@
 
 from libc.stdint cimport int64_t, uint8_t
 
+ctypedef int64_t (*sync_next)(void *context, ssize_t nr_sent, char *answer) noexcept nogil
+
 cdef extern from *:
     """
     #include <pthread.h>
@@ -26,6 +28,9 @@ cdef extern from *:
         size_t answer_length
         ssize_t nr_sent
         char answer[32]
+        int64_t begun_ns
+        sync_next next
+        void *context
         int64_t fake_ns
         sync_range *ranges
         size_t nr_begun
@@ -39,6 +44,7 @@ cdef class Syncer:
     cdef int _prepare(self) except -1
     cdef int _ask(self) except -1
 
-cdef void sync_begin(sync_job *job, int sock, const uint8_t *answer, size_t length) noexcept nogil
+cdef void sync_begin(
+    sync_job *job, int sock, const uint8_t *answer, size_t length, sync_next following, void *context
+) noexcept nogil
 cdef int sync_end(sync_job *job, int64_t wait_ns, ssize_t *sent) noexcept nogil
-cdef int sync_here(sync_job *job) noexcept nogil

@@ -19,6 +19,12 @@ itself when the sync has ended well: so the client need not wait until the loop'
 
 A sync that has failed, or that was not waited for to its end, is for `take`.
 
+After the answer the thread may go on, if `sync_begin` was told how (`next`): it waits for the next request that needs a sync, while the loop still waits. Each of these syncs is waited for as long as the first one:
+
+    thread: CLAIMED  ->  WAITS, with another number        the next sync has begun; the loop is not woken up for that
+
+While the word is CLAIMED, the thread may use what is the loop's. From WAITS on it may not, until it has claimed the next answer.
+
 `begin_behind` has the thread do something else in the same way: begin to write ranges back, wait for others, and drop those from the page
 cache. A Python thread that does so keeps the loop waiting whenever it loses its processor between two of these calls, while it has the lock.
 
@@ -58,17 +64,22 @@ cdef extern from *:
 
     enum { SYNC_IDLE, SYNC_ASKED, SYNC_DONE };
 
-    enum { SYNC_NOBODY, SYNC_WAITS, SYNC_CLAIMED, SYNC_ENDED }; /* see *At once* */
-    enum { SYNC_ANSWER_MAX = 32 };
+    /* The two lowest bits of `waiter`: see *At once*. Above them stands a number, which is another one for each sync. */
+    enum { SYNC_NOBODY, SYNC_WAITS, SYNC_CLAIMED, SYNC_ENDED, SYNC_WAITER_MASK = 3, SYNC_WAITER_STEP = 4 };
+    enum { SYNC_ANSWER_MAX = 32, SYNC_LOOK_NS = 500000 };
 
     typedef struct { int64_t begin, end; } sync_range;
     struct sync_job {
         int state, status, fd, event_fd, is_closed, nice_step;
-        int waiter;
+        unsigned waiter;
         int sock;
         size_t answer_length;
         ssize_t nr_sent;
         char answer[SYNC_ANSWER_MAX];
+        int64_t begun_ns; /* when this sync, or what comes before it, has begun */
+        /* See `sync_begin`; NULL: the client is the loop's after the answer. */
+        int64_t (*next)(void *context, ssize_t nr_sent, char *answer);
+        void *context;
         int64_t fake_ns; /* for tests: a sync takes so much longer */
         /* NULL: fdatasync. Otherwise the ranges that are to be begun, and then those that are to be waited for. */
         sync_range *ranges;
@@ -131,63 +142,83 @@ cdef extern from *:
             nanosleep(&more, NULL);
         return status;
     }
-    static inline int sync_pass(sync_job *job, int from, int to) {
-        return __atomic_compare_exchange_n(&job->waiter, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    static inline unsigned sync_waiter(sync_job *job) { return __atomic_load_n(&job->waiter, __ATOMIC_ACQUIRE); }
+    static inline int sync_pass(sync_job *job, unsigned waiter, unsigned to) {
+        return __atomic_compare_exchange_n(
+            &job->waiter, &waiter, (waiter & ~SYNC_WAITER_MASK) | to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     }
     static inline int64_t sync_now_ns(void) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
         return now.tv_sec * 1000000000LL + now.tv_nsec;
     }
+    /* The loop begins to wait for the next sync, which began at `begun_ns`. */
+    static void sync_expect(sync_job *job, int64_t begun_ns) {
+        const unsigned number = (job->waiter & ~SYNC_WAITER_MASK) + SYNC_WAITER_STEP;
+        __atomic_store_n(&job->begun_ns, begun_ns, __ATOMIC_RELAXED);
+        __atomic_store_n(&job->waiter, number | SYNC_WAITS, __ATOMIC_RELEASE);
+    }
     static void sync_ask(sync_job *job) {
-        __atomic_store_n(&job->waiter, SYNC_WAITS, __ATOMIC_RELEASE);
+        sync_expect(job, sync_now_ns());
         sync_become(job, SYNC_ASKED);
         sem_post(&job->asked);
     }
     /* Wait for what was asked for. Returns 1 if it has ended, 0 if it is left to itself. */
     static int sync_await(sync_job *job, int64_t wait_ns) {
-        const int64_t until = sync_now_ns() + wait_ns;
         for (;;) {
-            const int waiter = __atomic_load_n(&job->waiter, __ATOMIC_ACQUIRE);
-            if (waiter == SYNC_ENDED)
-                break;
-            const int64_t left = until - sync_now_ns();
-            const struct timespec time = {left / 1000000000, left % 1000000000};
-            if (waiter == SYNC_WAITS && left <= 0) {
-                if (sync_pass(job, SYNC_WAITS, SYNC_NOBODY))
+            const unsigned waiter = sync_waiter(job);
+            const unsigned state = waiter & SYNC_WAITER_MASK;
+            /* Once the answer is claimed, the thread soon ends, or begins another sync, which the loop is not woken up for. */
+            int64_t left = SYNC_LOOK_NS;
+            if (state == SYNC_ENDED)
+                return 1;
+            if (state == SYNC_WAITS) {
+                left = __atomic_load_n(&job->begun_ns, __ATOMIC_RELAXED) + wait_ns - sync_now_ns();
+                /* If this is another sync meanwhile, so is the number. */
+                if (left <= 0 && sync_pass(job, waiter, SYNC_NOBODY))
                     return 0;
-            } else {
-                /* Once the answer is claimed, the thread has no more to do than to send it. */
-                syscall(SYS_futex, &job->waiter, FUTEX_WAIT_PRIVATE, waiter, waiter == SYNC_WAITS ? &time : NULL, NULL, 0);
+                if (left <= 0)
+                    continue;
             }
+            const struct timespec time = {left / 1000000000, left % 1000000000};
+            syscall(SYS_futex, &job->waiter, FUTEX_WAIT_PRIVATE, waiter, &time, NULL, 0);
         }
-        __atomic_store_n(&job->waiter, SYNC_NOBODY, __ATOMIC_RELEASE);
+    }
+    /* A sync of the thread has ended. Returns whether all is done that was asked for. */
+    static int sync_ended(sync_job *job) {
+        const unsigned waiter = sync_waiter(job);
+        const uint64_t one = 1;
+        int64_t begun_ns = 0;
+        if ((waiter & SYNC_WAITER_MASK) != SYNC_WAITS || !sync_pass(job, waiter, SYNC_CLAIMED)) {
+            sync_become(job, SYNC_DONE);
+            /* It never blocks: the counter is taken once for each sync. */
+            while (write(job->event_fd, &one, sizeof one) < 0 && errno == EINTR) {}
+            return 1;
+        }
+        if (!job->status && job->answer_length)
+            job->nr_sent = send(job->sock, job->answer, job->answer_length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (!job->status && job->next)
+            begun_ns = job->next(job->context, job->nr_sent, job->answer);
+        if (begun_ns) {
+            sync_expect(job, begun_ns);
+            return 0;
+        }
+        sync_become(job, SYNC_DONE);
+        __atomic_store_n(&job->waiter, waiter | SYNC_ENDED, __ATOMIC_RELEASE);
+        syscall(SYS_futex, &job->waiter, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
         return 1;
     }
     static void *sync_work(void *argument) {
         sync_job *job = argument;
-        const uint64_t one = 1;
         if (job->nice_step)
             sync_give_way(job->nice_step);
         for (;;) {
             while (sem_wait(&job->asked)) {}
             if (job->is_closed)
                 return NULL;
-            if (job->ranges)
-                job->status = sync_behind(job);
-            else
-                job->status = sync_file(job);
-            if (sync_pass(job, SYNC_WAITS, SYNC_CLAIMED)) {
-                if (!job->status && job->answer_length)
-                    job->nr_sent = send(job->sock, job->answer, job->answer_length, MSG_DONTWAIT | MSG_NOSIGNAL);
-                sync_become(job, SYNC_DONE);
-                sync_pass(job, SYNC_CLAIMED, SYNC_ENDED);
-                syscall(SYS_futex, &job->waiter, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-                continue;
-            }
-            sync_become(job, SYNC_DONE);
-            /* It never blocks: the counter is taken once for each sync. */
-            while (write(job->event_fd, &one, sizeof one) < 0 && errno == EINTR) {}
+            do {
+                job->status = job->ranges ? sync_behind(job) : sync_file(job);
+            } while (!sync_ended(job));
         }
     }
     /* Returns 0 or an errno. Signals are for the loop's thread. */
@@ -238,12 +269,17 @@ def give_way(int nice_step):
         sync_give_way(nice_step)
 
 
-cdef void sync_begin(sync_job *job, int sock, const uint8_t *answer, size_t length) noexcept nogil:
+cdef void sync_begin(
+    sync_job *job, int sock, const uint8_t *answer, size_t length, sync_next following, void *context
+) noexcept nogil:
     """Have the thread sync, and send the answer if that has succeeded; `sync_end` must follow.
 
     Args:
         job: idle, and its thread has been started.
         length: of the answer; 0: the caller sends it.
+        following: is called in the thread after an answer, with `context`, how much of the answer was sent, and where the next answer goes, of the same length.
+            It waits for the next request that needs a sync, and returns when that has begun, on the clock CLOCK_MONOTONIC; 0: there is
+            none. NULL: there is never one.
     """
     free(job.ranges)
     job.ranges = NULL
@@ -251,13 +287,15 @@ cdef void sync_begin(sync_job *job, int sock, const uint8_t *answer, size_t leng
     job.answer_length = min(length, <size_t>SYNC_ANSWER_MAX)
     memcpy(job.answer, answer, job.answer_length)
     job.nr_sent = 0
+    job.next = following
+    job.context = context
     sync_ask(job)
 
 
 cdef int sync_end(sync_job *job, int64_t wait_ns, ssize_t *sent) noexcept nogil:
-    """Wait for the end, for so long. Returns 0, an errno, or RUNS: then it is for `take`, as an error is.
+    """Wait for the end, for so long for each sync. Returns 0, an errno, or RUNS: then it is for `take`, as an error is.
 
-    Args: sent: how much of the answer was sent; the rest is the caller's.
+    Args: sent: how much of the last answer was sent; the rest is the caller's.
     """
     sent[0] = 0
     if not sync_await(job, wait_ns):
@@ -265,14 +303,6 @@ cdef int sync_end(sync_job *job, int64_t wait_ns, ssize_t *sent) noexcept nogil:
     if not job.status:
         sync_become(job, SYNC_IDLE)
         sent[0] = max(job.nr_sent, 0)
-    return job.status
-
-
-cdef int sync_here(sync_job *job) noexcept nogil:
-    """Sync in the calling thread, however long it takes. Returns 0 or an errno, which is for `take`, too."""
-    job.status = sync_file(job)
-    if job.status:
-        sync_become(job, SYNC_DONE)
     return job.status
 
 

@@ -55,7 +55,6 @@ INNER: Final = (
     "zero_check_min",
     "flush_at",
     "poll_us",
-    "inline_syncs",
     "poison_borrowed",
 )
 

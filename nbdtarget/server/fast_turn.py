@@ -37,6 +37,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.fast.compiled import IS_COMPILED, Plane, Receiver, Route
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.input import Input
+from nbdtarget.server.loop_epoll import maybe_epoll_of
 from nbdtarget.server.output import Output
 from nbdtarget.server.poller import (
     POLL_REST,
@@ -139,7 +140,6 @@ class FastTurn:
             else None,
             extended=requests.extended,
             tls=self._tls,
-            inline_syncs=limits.inline_syncs,
         )
         requests.traffic.compiled = self._plane
         self.receiver = Receiver(
@@ -151,6 +151,7 @@ class FastTurn:
             polling=shared.polling,
             may_poll=self._may_poll,
             has_no_losses=requests.in_flight.observer.has_none,
+            find_loop_fd=partial(_find_loop_fd, sock.fileno()),
             poll_ns=limits.poll_us * 1000,
             poll_streak=POLL_STREAK,
             poll_skip_max=POLL_SKIP_MAX,
@@ -259,6 +260,11 @@ class FastTurn:
             flow.end_turn()
             return False
         return True
+
+
+def _find_loop_fd(sock: int) -> int:
+    found = maybe_epoll_of(sock)
+    return -1 if found is None else found
 
 
 def _raise(error: Exception) -> None:

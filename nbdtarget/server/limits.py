@@ -82,7 +82,6 @@ class Limits:
         zero_check_min: a READ of at least this length is answered with a hole if all of its data is zeroes.
         flush_at: replies are sent when so many bytes of them are packed.
         poll_us: after an answer, how long to look for the next request before sleeping.
-        inline_syncs: whether the event loop may sync for a client that is alone; see `nbdtarget.devices.file.sync_pace`.
         poison_borrowed: for tests: overwrite the receive buffer and the arena after use.
     """
 
@@ -122,7 +121,6 @@ class Limits:
     zero_check_min: int = 32 << 10
     flush_at: int = 64 << 10
     poll_us: int = 50
-    inline_syncs: bool = False
     poison_borrowed: bool = False
 
     def __post_init__(self) -> None:

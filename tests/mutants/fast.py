@@ -12,7 +12,16 @@ RING_READS: Final = ("tests/nbdtarget/server/test_ring_reads.py",)
 WINDOWS: Final = ("tests/nbdtarget/devices/file/test_windows.py",)
 DURABLE: Final = ("tests/nbdtarget/server/test_shared_flush.py",)
 
+EPOLL: Final = ("tests/nbdtarget/server/test_loop_epoll.py",)
+
 FAST: Final = (
+    Mutant(
+        "lone-client-stays-though-the-loop-has-something-to-do",
+        "The thread that syncs looks at another epoll instance: other clients wait for milliseconds.",
+        "nbdtarget.server.loop_epoll:maybe_epoll_of",
+        ((" and int(words[1]) == fd", ""),),
+        EPOLL,
+    ),
     Mutant(
         "flush-of-extended-headers-shared",
         "The reply to a FLUSH has not the offset of its request: a client that compares it disconnects.",

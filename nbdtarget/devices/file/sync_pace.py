@@ -9,13 +9,13 @@ is done only if all of this is true:
     nothing else    no other sync of this file is under way; `Syncs` knows
     quick           each of the last STREAK syncs has taken at most QUICK_NS
 
+The thread then goes on in the place of the loop, which waits on: it takes the next requests of that client, too, until anything else comes that the loop waits for, and for two
+milliseconds at most (`Plane._serve_on`). Each of these syncs is waited for like the first one. So a disk that hangs from one moment to the next holds up the loop for QUICK_NS, and no sync of a file is
+ever made by the thread of the loop.
+
 A sync that was waited for in vain ends that: so many of the next ones are not waited for, at first STREAK of them, after each further disappointment twice as
 many, up to SKIP_MAX. If FORGIVEN syncs have been worth the wait since the last disappointment, it is STREAK again. QUICK_NS is what a client may wait for one
 READ of a slow disk anyway.
-
-By the same rules the loop makes the sync itself, without any other thread, if the user asks for it (`Limits.inline_syncs` of the server, a key of the
-configuration file): a disk that was quick, and hangs from one moment to the next, then stops the whole server in the middle of one sync, until the disk answers
-or fails. Signals wait, too.
 """
 
 from typing import Final

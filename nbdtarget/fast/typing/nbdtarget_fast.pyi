@@ -147,6 +147,8 @@ class Plane:
     was_late: bool
     nr_hits: int
     nr_syncs: int
+    loop_fd: int
+    stay_ns: int
 
     def __init__(
         self,
@@ -167,7 +169,6 @@ class Plane:
         flush_for: Callable[[list[int], list[int]], None] | None = None,
         extended: bool = False,
         tls: TlsRecords | None = None,
-        inline_syncs: bool = False,
     ) -> None: ...
     def release(self) -> None: ...
     def reads_ended(self, _: int) -> None: ...
@@ -198,6 +199,7 @@ class Receiver:
         polling: object,
         may_poll: Callable[[], bool],
         has_no_losses: Callable[[], bool],
+        find_loop_fd: Callable[[], int] | None = None,
         poll_ns: int,
         poll_streak: int,
         poll_skip_max: int,

@@ -42,7 +42,6 @@ def test_a_whole_file() -> None:
         connections_max = 3
         handshake_timeout_s = 2
         payload_max = "2M"
-        inline_syncs = true
         [device.top]
         table = "0 8 linear /dev/mapper/low 8"
         readonly = true
@@ -58,7 +57,6 @@ def test_a_whole_file() -> None:
         connections_max=3,
         handshake_timeout_s=2.0,
         payload_max=2 << 20,
-        inline_syncs=True,
     )
     by_name = {device.name: device for device in config.devices}
     assert list(by_name).index("low") < list(by_name).index("top")
@@ -259,10 +257,6 @@ def test_a_device_that_is_there_already_may_be_stood_on() -> None:
         (
             "limits.stall_timeout_s = inf",
             "1: `limits.stall_timeout_s': must be 0.001 to 31536000",
-        ),
-        (
-            "limits.inline_syncs = 1",
-            "1: `limits.inline_syncs': Expected `bool`, got `int`",
         ),
         (
             "limits.stall_timeout_s = nan",

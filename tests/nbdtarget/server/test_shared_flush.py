@@ -257,6 +257,43 @@ async def test_a_client_that_asks_for_one_thing_at_a_time_is_synced_for_without_
 
 
 @needs_compiled
+async def test_a_client_in_another_thread_stays_with_the_one_that_syncs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop has nothing else to do: one turn serves several requests, each with a sync."""
+    be_patient(monkeypatch)
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    route = device.maybe_route()
+    assert route is not None
+    turns: list[int] = []
+
+    def may_sync() -> bool:
+        turns.append(0)
+        return True
+
+    route.may_sync = may_sync
+    fast = file_below(device, "disk").maybe_fast_file()
+    assert fast is not None
+
+    async def ask_until_several_are_served_at_a_time() -> None:
+        peer = await Peer.connect(site.folder / "s")
+        await peer.attach(structured=True)
+        while fast.nr_synced <= 2 * len(turns):
+            assert not any(await ask_often(peer, 50, c.CMD_WRITE))
+        assert (await peer.ask(c.CMD_READ, 512, 512)).data == bytes([2]) * 512
+        peer.writer.close()
+        await peer.writer.wait_closed()
+
+    def client() -> None:
+        asyncio.run(
+            asyncio.wait_for(ask_until_several_are_served_at_a_time(), PATIENCE_S)
+        )
+
+    await asyncio.to_thread(client)
+    assert turns
+
+
+@needs_compiled
 async def test_a_clone_that_has_something_to_commit_needs_python(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
