@@ -149,11 +149,13 @@ class Round:
         if pick.random() < 0.3:
             return None
         windows = nbdtarget_map.Windows(
-            pick.choice((0, SIZE // 4, SIZE, 1 << 30)),
+            pick.choice((0, SIZE // 4, SIZE, 1 << 30, 1 << 30)),
             lambda: None,
             pick.choice((4096, BLOCK, SIZE // 4)),
-            pick.choice((1, 512, 4096, BLOCK)),
+            pick.choice((1, 1, 512, 4096, BLOCK)),
         )
+        if pick.random() < 0.7:
+            self.file.fake_misses = pick.choice((0, 1 << 28))  # else few are sent
         if windows.takes(self.fd, SIZE):
             self.file.windows = windows
         self.file.fake_error = pick.choice((0, 0, 0, errnos.EIO))

@@ -9,6 +9,8 @@ import pytest
 from nbdtarget.fast import compiled
 from scripts import fuzz_fast
 from scripts.fuzz_fast_files import KINDS, FlakyFile
+from scripts.fuzz_fast_plane import Round
+from scripts.fuzz_fast_receiver import ReceiverRound
 
 NR_SEEDS, NR = 6, 60
 
@@ -26,6 +28,19 @@ def test_most_of_what_is_sent_counts(kind: int, tmp_path: Path) -> None:
         finally:
             it.close()
     assert nr_taken > NR_SEEDS * NR // 2
+
+
+@pytest.mark.parametrize("make", [Round, ReceiverRound])
+def test_some_reads_are_sent_from_windows(make: type[Round], tmp_path: Path) -> None:
+    nr_sent = 0
+    for seed in range(2 * NR_SEEDS):
+        it = make(seed, tmp_path)
+        try:
+            it.run(5 * NR)
+        finally:
+            nr_sent += 0 if it.windows is None else it.windows.nr_sent
+            it.close()
+    assert nr_sent >= 10
 
 
 def test_rounds_of_every_kind_run(capsys: pytest.CaptureFixture[str]) -> None:
