@@ -73,7 +73,7 @@ PENDING: Final = -1  # bio.status before `end`
 
 
 class Submits(Protocol):
-    """What a bio can be sent to: a `Device`, or a part of one that passes bios on."""
+    """A receiver of bios: a `Device`, or a part of one that passes bios on."""
 
     def submit(self, bio: "Bio") -> None: ...
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hostile clients cost a quiet one: bounded attacks on a real server, and a table.
+"""Measures what hostile clients cost a quiet one: bounded attacks on a real server, and a table.
 
     python -m scripts.attack [--quick] [--disk file|zero] [--json FILE] [--against FILE] [--program PATH]
 

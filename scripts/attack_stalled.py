@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What thousands of clients that stall cost a quiet one, and whether the server gets rid of them.
+"""Measures what thousands of clients that stall cost a quiet one, and whether the server gets rid of them.
 
     python -m scripts.attack_stalled [--quick] [--greedy] [--direct] [--no-end] [--each N] [--json FILE]
 

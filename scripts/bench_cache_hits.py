@@ -239,7 +239,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def verdicts(summary: dict[str, Any]) -> list[str]:
-    """What is wanted of each workload, and whether it is so."""
+    """Return a line for each workload: its goal, and whether it is met."""
     lines = []
     for job, row in summary.items():
         servers, words = row["servers"], []

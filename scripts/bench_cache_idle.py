@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clean cache does when no client asks for anything: no I/O at all is wanted.
+"""Measures the I/O of a clean cache when no client asks for anything: there should be none.
 
 A cache that was warmed, written to and written back is left alone, with a client connected. The kernel's
 own books tell what its process did meanwhile:
@@ -33,7 +33,7 @@ SETTLE_S: Final = 3.0  # what had been started may end
 
 @dataclass(frozen=True)
 class Books:
-    """What the kernel counts of a process, and of the files below it."""
+    """The kernel's counters of a process, and of the files below it."""
 
     read_calls: int
     write_calls: int

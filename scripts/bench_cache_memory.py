@@ -99,7 +99,7 @@ def measure(work: Path, *, nr_cblocks: int, origin_size: int) -> Memory:
         str(origin),
         origin_size,
         block_size=BLOCK_SIZE,
-        # What is discarded below is a hole already; passing it down would only take time. No
+        # The discarded range is a hole below already; passing it down would only take time. No
         # migrations, as none is part of the question.
         words="2 writeback no_discard_passdown smq 2 migration_threshold 0",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What migrations add to the latency of hits at depth 1.
+"""Measures what migrations add to the latency of hits at depth 1.
 
 One client reads 4 KiB from blocks that are cached and pinned, and is alone, or has company:
 
@@ -83,7 +83,7 @@ class Promoter:
 
     def __call__(self) -> None:
         done = self._cache.number("promotions")
-        # What was cached already is not promoted: never wait for the whole of a piece.
+        # Blocks that were cached already are not promoted: never wait for the whole of a piece.
         if self._wanted - done < PIECE_BLOCKS or done == self._seen:
             end = self._next + PIECE_BLOCKS
             self._cache.message("warm", f"{self._next}-{end}")
@@ -113,7 +113,7 @@ def every_period(step: Callable[[], object]) -> Iterator[None]:
 def company(
     state: str, cache: CacheUnderTest, promoter: Promoter
 ) -> Callable[[], object]:
-    """What is done every period in `state`; each asks for the status once."""
+    """Return the work of every period in `state`; each asks for the status once."""
     if state == PROMOTING:
         return promoter
     if state == WRITING_BACK:

@@ -38,7 +38,7 @@ MARGIN_S: Final = 0.5  # fio is still at it when the counting ends
 
 @dataclass(frozen=True)
 class Measured:
-    """What the cache counted: before the first look, and between that and the last.
+    """The counters of the cache: before the first look, and between that and the last.
 
     Attributes:
         nr_warm_up: accesses before the first look.
@@ -112,7 +112,7 @@ def run(work: Path, options: argparse.Namespace, console: Console) -> dict[str, 
         with cache.serving():
             measured = measure(cache, log, options.zipf)
     trace = hit_ratio.read_trace(log, BLOCK_SIZE)
-    # What came after the last look is not counted: see it neither here.
+    # Accesses after the last look are not counted there, so they are not counted here.
     nr_seen = measured.nr_warm_up + measured.counted.total
     del trace.blocks[nr_seen:], trace.writes[nr_seen:]
     rate = measured.counted.total / measured.seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a commit costs: bytes, writes, flushes, latency, and the longest step on the loop.
+"""Measures the cost of a commit: bytes, writes, flushes, latency, and the longest step on the loop.
 
     python -m scripts.bench_commit [--quick] [--size GIB] [--changes N] [--compactions N]
                                    [--only memory|file|flush]
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 
 class Tally:
-    """What metadata's generators asked for."""
+    """The operations that metadata's generators asked for."""
 
     def __init__(self) -> None:
         self.bytes = self.writes = self.flushes = 0

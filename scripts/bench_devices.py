@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What a device costs: the figures of the `# hot:` comments in nbdtarget/devices/.
+"""Measures the cost of a device: the figures of the `# hot:` comments in nbdtarget/devices/.
 
     scripts/bench_devices.py [NAME...]     PATH, memory:SIZE: nanoseconds an inline 4 KiB bio
     scripts/bench_devices.py nbd+unix://…  GB/s of reads in flight together

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hydration adds to the latency of a client at depth 1; and migrations of a cache, see `bench_cache_migrations`.
+"""Measures what a hydration adds to the latency of a client at depth 1; and migrations of a cache, see `bench_cache_migrations`.
 
     python -m scripts.bench_p99 [--quick] [--size MIB] [--repeat N] [--runtime S]
 
@@ -101,7 +101,7 @@ class Rig:
             process.terminate()
 
     def warm(self) -> None:
-        """Have what the clients read in the page cache: whoever opens a disk for writing has dropped it."""
+        """Read into the page cache what the clients will read: opening a disk for writing has dropped it."""
         for name in ("ours", "peer"):
             with (self.work / f"{name}.img").open("rb") as file:
                 while file.read(MIB):
@@ -117,7 +117,7 @@ class Rig:
             f" 4 hydration_threshold {IN_FLIGHT} hydration_batch_size {BATCH}"
         )
         self.client.ask("create", m.Create("clone", table), m.Done)
-        # What a client writes stays in the page cache.
+        # Data that a client writes stays in the page cache.
         self._fio("clone", "write", ["--bs=1m"])
 
     def _fio(self, name: str, rw: str, extra: list[str]) -> None:

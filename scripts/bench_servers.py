@@ -200,7 +200,7 @@ class QemuDirect(QemuNbd):
 
 
 class Floor(Contender):
-    """What the kernel alone charges: `bench_floor.c` makes the system calls and nothing else."""
+    """The cost of the kernel alone: `bench_floor.c` makes the system calls and nothing else."""
 
     name = FLOOR
     tool = "cc"

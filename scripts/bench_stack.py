@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stack of mapped devices costs a request: none, one `linear`, and four, one on the other.
+"""Measures what a stack of mapped devices costs a request: none, one `linear`, and four, one on the other.
 
     python -m scripts.bench_stack [--quick] [--repeat N] [--runtime S] [--size MIB]
 

@@ -43,7 +43,7 @@ Fields = Mapping[str, bool | int | float | str | None]
 
 
 class Counters:
-    """What became of the bios between two looks at the status."""
+    """The counters of bios between two looks at the status."""
 
     NAMES: Final = ("read_hits", "read_misses", "write_hits", "write_misses")
 

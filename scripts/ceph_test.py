@@ -198,7 +198,7 @@ class CephTest:
                 os.kill(pid, signal.SIGKILL)
             deadline_s = time.monotonic() + 60
             while not (changed := self._changed()):
-                check(time.monotonic() < deadline_s, "nobody noticed the other image")
+                check(time.monotonic() < deadline_s, "the other image was not noticed")
                 time.sleep(0.1)
             self.say(f"images/web was replaced while it was copied: {changed}")
             check("image-id" in changed, changed)

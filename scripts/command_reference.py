@@ -122,7 +122,7 @@ def _reference(page: CommandPage) -> str:
 
 
 def _context(page: CommandPage) -> Any:
-    """What `--help` of the program itself has: `-h` and the like come from the whole program."""
+    """Return a context in which a command has all that its `--help` shows: `-h` and the like come from the whole program."""
     program = _program()
     make = page.command.context_class
     parent = make(program, info_name=page.words[0], **program.context_settings)

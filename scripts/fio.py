@@ -12,7 +12,7 @@ __all__ = ["Job", "run_fio"]
 
 @dataclass(frozen=True)
 class Job:
-    """What fio does, for as long as it is told."""
+    """A job for fio, which runs for as long as it is told."""
 
     name: str
     rw: str

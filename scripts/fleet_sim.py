@@ -86,7 +86,7 @@ Trace = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Model:
-    """What a store is like. Bytes and seconds."""
+    """The properties of a store. Bytes and seconds."""
 
     image_bytes: int = 256 * MIB
     latency_s: float = 0.03
@@ -111,7 +111,7 @@ class Result:
 
 
 class Link:
-    """What several streams share: they go through one after the other, slice by slice."""
+    """A link that several streams share: they go through one after the other, slice by slice."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s

@@ -23,7 +23,7 @@ SIZE: Final = 1 << 20
 TIMEOUT_S: Final = 120
 ANSWERS_MAX: Final = 300  # of the servers of one `Copies`
 COPIES_MAX: Final = 6  # at a time
-# What a source and a file that misbehave may fail with.
+# The errors with which a source and a file that misbehave may fail.
 STATUSES: Final = {
     errno.EIO,
     errno.ENOMEM,

@@ -169,7 +169,7 @@ class Round:
         if self.windows is not None and pick.random() < 0.05:
             self.windows.drop(self.file.owner, pick.choice((1, 100)))
 
-    # What the plane asks its connection, and the mapped device.
+    # The calls of the plane to its connection, and to the mapped device.
 
     def is_alone(self) -> bool:
         return self.random.random() < 0.7

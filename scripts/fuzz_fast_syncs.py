@@ -18,7 +18,7 @@ __all__ = ["SyncRound"]
 SIZE: Final = 1 << 20
 SYNCS_MAX: Final = 20  # of one Syncer
 TIMEOUT_S: Final = 120
-# What the kernel says of a device that cannot be synced, and of a range that there cannot be.
+# The errors of the kernel for a device that cannot be synced, and for a range that there cannot be.
 ERRORS: Final = {errno.EINVAL, errno.ESPIPE, errno.EBADF}
 Ranges = list[tuple[int, int]]
 
@@ -73,7 +73,7 @@ class SyncRound:
         return found
 
     def _wrong_call(self, syncer: "Syncer") -> None:
-        """What Python refuses begins nothing."""
+        """Make a call that Python refuses. It begins nothing."""
         wrong = self.random.choice(([(1, 1 << 70)], [(1,)], [None], [(1, 2, 3)], None))
         if self.random.random() < 0.2:
             try:

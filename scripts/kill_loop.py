@@ -205,7 +205,7 @@ class DiskUnderFire:
             self.model.check_read(0, content)
         else:
             self.model.check_survivor(content)
-        # What was read now may still be lost at the next kill unless flushed: flush it.
+        # Data that was read now may still be lost at the next kill unless flushed: flush it.
         with PlainClient(self.socket, "disk") as client:
             client.flush()
         self.model.settle(content)

@@ -48,7 +48,7 @@ OUTPUT_LINES_MAX: Final = 40  # of a run that fails for a wrong reason
 PASSED: Final = 0
 FAILED: Final = 1
 _FAILURE: Final = re.compile(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", re.MULTILINE)
-# What a mutant that is no bug, but no program either, fails with.
+# A mutant that is no bug, but no program either, fails with one of these errors.
 _BROKEN: Final = re.compile(
     r"^(?:ImportError|ModuleNotFoundError|NameError|UnboundLocalError|SyntaxError"
     r"|IndentationError)\b"
@@ -56,7 +56,7 @@ _BROKEN: Final = re.compile(
 
 
 class Run(NamedTuple):
-    """What became of the tests; `status` is None if they took too long."""
+    """The result of the tests; `status` is None if they took too long."""
 
     status: int | None
     output: str
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a mutant."""
+    """The result of a mutant."""
 
     mutant: Mutant
     is_caught: bool

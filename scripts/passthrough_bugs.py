@@ -88,7 +88,7 @@ class Bench:
         self._server = ServerProcess(argv, sockets=sockets, log=self.work / "log")
 
     def kill(self) -> None:
-        """What a reset of the machine is to the cache: it gets no chance to record anything."""
+        """A reset of the machine, for the cache: it gets no chance to record anything."""
         say("$ kill -9 $!")
         assert self._server is not None
         self._server.kill()

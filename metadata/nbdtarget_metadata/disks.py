@@ -89,7 +89,7 @@ SAMPLE_BYTES: Final = 4096
 SAMPLES_MAX: Final = 32
 # Where a disk is, not what.
 MOVABLE_IDS: Final = frozenset({"server", "backing-file", "url", "image", "helper"})
-# What a remote image was when it was read; see `nbdtarget.devices.ranged.pin`, and `nbdtarget.devices.helper.state` for Ceph.
+# The facts about a remote image when it was read; see `nbdtarget.devices.ranged.pin`, and `nbdtarget.devices.helper.state` for Ceph.
 PIN_IDS: Final = frozenset(
     {"etag", "version", "last-modified", "size", "image-id", "snapshot-id"}
 )
@@ -97,7 +97,7 @@ NOT_MARKED: Final = -1
 
 
 class Mark(msgspec.Struct, array_like=True, frozen=True):
-    """What the disk itself carries: whose it is, and the metadata's generation at that time."""
+    """The mark on the disk itself: whose it is, and the metadata's generation at that time."""
 
     uuid: bytes
     generation: int
@@ -111,7 +111,7 @@ class Sample(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Evidence(NamedTuple):
-    """What a device says of itself now.
+    """The facts that a device reports of itself now.
 
     Attributes:
         kind: `file`, `block`, `nbd`, `url`, `helper`, `mapped`, `memory`; empty: not known.
@@ -139,7 +139,7 @@ class Evidence(NamedTuple):
 
 
 class Disk(msgspec.Struct, array_like=True, frozen=True):
-    """What is recorded of one disk. New fields go to the end and have defaults.
+    """The record of one disk. New fields go to the end and have defaults.
 
     Attributes:
         role: `destination` or `source` of a clone, `cache` or `origin` of a cache.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with metadata.
+"""The errors of metadata.
 
     MetadataError
      +- NotFormatted         nothing but zeroes where the superblock goes: `format` may follow
@@ -177,7 +177,7 @@ class BlockSizeMismatch(MetadataError):
 
 
 class CannotShrink(MetadataError):
-    """What would be cut off holds a dirty block. `what` is "cache" or "origin"."""
+    """The part that would be cut off holds a dirty block. `what` is "cache" or "origin"."""
 
     def __init__(self, what: str, cblock: int) -> None:
         super().__init__(what, cblock)
@@ -215,7 +215,7 @@ class FailedMetadata(MetadataError):
 
 
 class NotTheKernels(MetadataError):
-    """What was to be imported is not metadata of the kernel's. `found`: what is there, in words."""
+    """The input of an import is not metadata of the kernel's. `found`: what is there, in words."""
 
     def __init__(self, found: str) -> None:
         super().__init__(found)

@@ -7,7 +7,7 @@ __all__ = ["Mode"]
 
 
 class Mode(enum.Enum):
-    """What may be done with the metadata. The value is the word in a status line."""
+    """The operations that the metadata allows. The value is the word in a status line."""
 
     RW = "rw"  # everything
     RO = "ro"  # a commit failed: what is in core is what was last committed; no changes

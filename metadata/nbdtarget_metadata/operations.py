@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the code of this package asks of its caller, which does the I/O.
+"""The operations that the code of this package asks of its caller, which does the I/O.
 
 Every function here that needs I/O is a generator: it yields an operation (or a tuple of
 operations that may be carried out at the same time) and is sent the answer (or a tuple of

@@ -23,7 +23,7 @@ CBLOCKS_MIN: Final = 16  # a policy needs some blocks to work with
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked.
+    """The options of the advice.
 
     Args:
         sizes: of caches, bytes; none: shares of what is touched.

@@ -83,7 +83,7 @@ class Options(Protocol):
 
 @dataclass
 class Run:
-    """What became of the accesses that were counted, and the migrations of the same time."""
+    """The hits and misses among the counted accesses, and the migrations of the same time."""
 
     hits: int = 0
     migrations: list[int] = field(default_factory=lambda: [0, 0, 0])

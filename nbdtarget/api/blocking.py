@@ -51,7 +51,7 @@ def _of_server(
 
 
 def _describe(run: Callable[..., Any], twin: Callable[..., Any]) -> None:
-    """What `help` and `inspect` show of a method."""
+    """Give `run` the name, text and signature of its twin, for `help` and `inspect`."""
     run.__name__, run.__doc__ = twin.__name__, twin.__doc__
     run.__qualname__ = f"Blocking{twin.__qualname__}"
     signature = inspect.signature(twin)

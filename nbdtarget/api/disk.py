@@ -72,7 +72,7 @@ class DiskStatus(msgspec.Struct, frozen=True):
 
 
 class PowerCut(msgspec.Struct, frozen=True):
-    """What a power cut did.
+    """The effect of a power cut.
 
     Attributes:
         fate: `drop`, `keep`, `tear` or `mixed`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, the request to the server, printing JSON."""
+"""Shared by several commands: options, the request to the server, printing JSON."""
 
 import errno as errnos
 import os

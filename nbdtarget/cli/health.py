@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `info` and `ls` say about the disks below, if something is wrong with them."""
+"""The words of `info` and `ls` about disks below that are not well."""
 
 import os
 from collections.abc import Iterable

@@ -171,7 +171,7 @@ def is_journal(stream: TextIO | None, environment: Mapping[str, str]) -> bool:
 
 
 class Log(NamedTuple):
-    """What the options about the log said."""
+    """The values of the options about the log."""
 
     verbose: bool = False
     log_format: str = "text"
@@ -189,7 +189,7 @@ class Log(NamedTuple):
         if self.log_format == "text" and is_journal(process_stderr(), os.environ):
             style = Journal()
         handler = LogHandler(style=style)
-        # What happens to devices is kept for `nbdtarget events` in any case, which has a handler of its own.
+        # Events of devices are kept for `nbdtarget events` in any case, by a handler of their own.
         handler.setLevel(logging.INFO if self.verbose else logging.WARNING)
         logging.basicConfig(level=logging.INFO, handlers=[handler])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dmsetup reads in the name and UUID of a device: the parts of LVM, and the form for device nodes.
+"""Splits and mangles names and UUIDs of devices as dmsetup does: the parts of LVM, and the form for device nodes.
 
 Names of devices stay here as the user wrote them: they are neither mangled on their way in nor unmangled on their way
 out. dmsetup writes a character that is not allowed in the name of a device node as `\\xNN`.

@@ -69,7 +69,7 @@ _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
 
 
 class Network(NamedTuple):
-    """What these options said."""
+    """The values of these options."""
 
     tls: str | None = None
     tls_certificates: str | None = None

@@ -116,7 +116,7 @@ Run = Annotated[
 
 
 class Service(NamedTuple):
-    """What the options said."""
+    """The values of these options."""
 
     listen: list[str] | None = None
     socket_mode: str | None = None

@@ -50,7 +50,7 @@ _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
 
 
 class SourceSaid(NamedTuple):
-    """What these options said."""
+    """The values of these options."""
 
     url_command: str | None = None
     record_trace: str | None = None

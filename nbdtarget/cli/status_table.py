@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `status` prints on a terminal: a line for each device, with sizes, rates and how far it is; below it, what is wrong.
+"""The output of `status` on a terminal: a line for each device, with sizes, rates and how far it is; below it, what is wrong.
 
 Rates are differences between two moments, WINDOW_S apart. `nbdtarget top` draws the same.
 """

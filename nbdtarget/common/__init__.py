@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every room may use: errors, clocks, words, once-a-turn callbacks, unix sockets."""
+"""Helpers for all packages: errors, clocks, words, once-a-turn callbacks, unix sockets."""

@@ -40,7 +40,7 @@ RULES_MAX: Final = 1000  # of one export
 
 
 class Access(Enum):
-    """What a client may do with an export."""
+    """The rights of a client on an export."""
 
     NONE = "none"
     READ = "ro"
@@ -49,7 +49,7 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What is known of a client.
+    """The facts about a client that rules may ask for.
 
     Args:
         address: of TCP; "" for a unix socket.
@@ -120,7 +120,7 @@ class AccessRules:
         return rules
 
     def access(self, export: str, client: Identity) -> Access:
-        """What a client may do with an export, whether it exists or not."""
+        """Return the rights of a client on an export, whether it exists or not."""
         rules = self.of(export)
         if rules is None:
             return Access.WRITE

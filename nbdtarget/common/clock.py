@@ -52,7 +52,7 @@ async def wait_within(
 
 
 class Timer(Protocol):
-    """What `call_later` returns."""
+    """The handle that `call_later` returns."""
 
     def cancel(self) -> None: ...
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong in the shell.
+"""The errors of the shell around the two packages without I/O.
 
     NbdTargetError
      +- ConstructorError    a table line is wrong; carries the kernel's own text
@@ -32,7 +32,7 @@ class NbdTargetError(Exception):
     """Base of what the command line prints as one line, exit 1."""
 
     def lines(self) -> list[str]:
-        """What to print: one line, but for an error that is several mistakes at once."""
+        """Return the lines to print: one, but for an error that is several mistakes at once."""
         return [str(self)]
 
 

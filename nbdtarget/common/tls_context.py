@@ -36,7 +36,7 @@ _PSK_CIPHERS: Final = "kECDHEPSK:kDHEPSK:PSK:!eNULL:!aNULL"
 
 
 class _PskContext(Protocol):
-    """What Python 3.13 added to SSLContext."""
+    """The methods that Python 3.13 added to SSLContext."""
 
     def set_psk_server_callback(
         self, callback: Callable[[str | None], bytes]

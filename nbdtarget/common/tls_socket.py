@@ -56,7 +56,7 @@ AHEAD_MAX: Final = 1 << 20  # bytes that a peek decrypts
 ANSWERS_MAX: Final = 64 << 10  # bytes of answers that the peer does not read
 HANDSHAKE_BYTES_MAX: Final = 256 << 10  # of the peer, chains of certificates included
 
-# What users can do something about; the keys are OpenSSL's.
+# Errors that users can do something about; the keys are OpenSSL's.
 _SENTENCES: Final = {
     "CERTIFICATE_VERIFY_FAILED": "the peer's certificate is not accepted",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the peer showed no certificate, and one is required",
@@ -291,7 +291,7 @@ class TlsSocket:
         return bytes(ahead[:size])
 
     def _receive_more(self, *, has_some: bool) -> bool:
-        """What was received is decrypted: receive more. Return False if the caller has some, and no more is likely or there.
+        """Receive more: all earlier bytes are decrypted. Return False if the caller has some, and no more is likely or there.
 
         Raises: BlockingIOError: there is nothing now. TlsError, OSError.
         """

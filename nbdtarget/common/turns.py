@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What code on an event loop needs again and again: its turns, its tasks, its loops.
+"""Helpers for code on an event loop: its turns, its tasks, its loops.
 
 - `Soon`: a callback that runs once in the next turn of the loop, however often it is asked for.
 - `Turns`: work that takes long is done in slices, one slice in each turn of the loop.

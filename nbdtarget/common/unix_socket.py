@@ -88,7 +88,7 @@ PRIVATE: Final = SocketAccess()
 
 
 class SocketOptions(NamedTuple):
-    """What a user says about the NBD sockets and the control socket. None: nothing."""
+    """The options about the NBD sockets and the control socket. None: the option was not given."""
 
     socket_mode: str | None = None
     socket_owner: str | None = None

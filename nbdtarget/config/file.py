@@ -153,7 +153,7 @@ _SIZE_KEYS: Final = (
 
 
 class Mistake(NamedTuple):
-    """What is wrong on a line; `line` counts from 1."""
+    """A mistake on a line; `line` counts from 1."""
 
     line: int
     reason: str
@@ -383,7 +383,7 @@ class _Reader:
         return known
 
     def _tls(self, path: KeyPath, keys: dict[str, Any], directory: Path) -> TlsOptions:
-        """What the file, or one listener of it, says of TLS."""
+        """Return the TLS options of the file, or of one listener in it."""
         files = {
             key: None if keys.get(key) is None else str(directory / keys[key])
             for key in ("tls_certificates", "tls_psk")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server serves, written as a configuration file."""
+"""Writes the devices of a server as a configuration file."""
 
 import json
 import re

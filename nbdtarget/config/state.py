@@ -217,7 +217,7 @@ class StateDirectory:
 
 
 async def _config_of(device: MappedDevice, before: DeviceConfig) -> DeviceConfig:
-    """What is kept of a device; of one that is not open yet, the table that it had."""
+    """Return the record of a device to keep; of one that is not open yet, with the table that it had."""
     named = replace(
         before, name=device.dm_name, uuid=device.uuid, table=before.table.strip()
     )

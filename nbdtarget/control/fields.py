@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the messages of several verbs have in common: their base classes, and fields with their descriptions."""
+"""Shared by the messages of several verbs: their base classes, and fields with their descriptions."""
 
 from typing import Annotated
 
@@ -56,7 +56,7 @@ class Answer(msgspec.Struct, gc=False):
 
 
 class Remote(Answer):
-    """What a disk of another machine has cost, since it was opened."""
+    """The requests and the time that a disk of another machine has cost since it was opened."""
 
     requests: Annotated[int, told("Requests that were sent.")] = 0
     retries: Annotated[

@@ -46,7 +46,7 @@ class Figures(Request):
 
 
 class OperationFigures(Answer):
-    """What clients have asked for, of one operation, since the server was started."""
+    """The requests of clients for one operation since the server was started."""
 
     nr: Annotated[int, told("Requests that were carried out.")] = 0
     nr_bytes: Annotated[int, told("Bytes of these requests.")] = 0
@@ -217,7 +217,7 @@ class History(Request):
 
 
 class Moment(Answer):
-    """What clients had asked for by then, since the server was started."""
+    """The requests of clients up to then, since the server was started."""
 
     time_s: Annotated[float, told("When, in Unix time.")]
     operations: Annotated[
@@ -246,7 +246,7 @@ class Map(Request):
 
 
 class MapAnswer(Answer):
-    """What of a clone is copied, or what of a disk is cached, from its beginning to its end."""
+    """The copied parts of a clone, or the cached parts of a disk, from its beginning to its end."""
 
     states: Annotated[
         tuple[str, ...],

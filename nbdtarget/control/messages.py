@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes over the control socket: one request and one answer for each verb.
+"""The messages on the control socket: one request and one answer for each verb.
 
 HTTP over a unix socket, `POST /v1/VERB`, JSON both ways. An answer with status 200 is the
 verb's own; any other is a `Failure`. A request with a field that the server does not know
@@ -437,14 +437,14 @@ class Deps(Request):
 
 
 class DeviceDeps(Answer):
-    """What one live table uses."""
+    """The disks that one live table uses."""
 
     name: Name
     deps: Annotated[tuple[str, ...], told("Names of disks and mapped devices.")]
 
 
 class DevicesAnswer(Answer):
-    """What the live tables use."""
+    """The disks that the live tables use."""
 
     devices: Annotated[tuple[DeviceDeps, ...], told("One for each device.")]
 

@@ -147,7 +147,7 @@ def is_control_given(given: str | None) -> bool:
 
 
 def control_address(given: str | None) -> ControlAddress:
-    """What was `given`, $NBDTARGET_CONTROL, or the runtime directory's control.sock.
+    """Return the address that was `given`, $NBDTARGET_CONTROL, or the runtime directory's control.sock.
 
     A path, `unix:PATH` or `tcp:HOST:PORT`. Raises: NbdTargetError.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `fields` of a status line holds, for each type of targets: names, types and meanings.
+"""The `fields` of a status line, for each type of target: names, types and meanings.
 
 The targets themselves make plain dictionaries (`Target.status_fields`); a test holds the two together. The
 OpenAPI document is made from these classes. Units stand at the end of a name; a field without one is a number of things,

@@ -21,7 +21,7 @@ RIGHTS_HEADER: Final = "Nbdtarget-Rights"
 
 
 class Rights(enum.Enum):
-    """What a request may do."""
+    """The rights of a request."""
 
     LOOK = "look"
     ALL = "all"

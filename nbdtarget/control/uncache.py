@@ -108,7 +108,7 @@ class Draining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UncacheReporter(Protocol):
-    """What tells the user how the job goes."""
+    """Tells the user how the uncaching goes."""
 
     def draining(self, now: Draining) -> None:
         """These blocks must still be written back. Called now and then."""

@@ -176,7 +176,7 @@ class Daemon:
         self._metrics_address = metrics.where
         self._metrics: ControlServer | None = None
         self._upgrading: asyncio.Task[int] | None = None
-        # What follows files: how to pause it before a hand-over, and how to go on.
+        # The follower of the configuration file: how to pause it before a hand-over, and how to go on.
         self._followed: list[
             tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]
         ] = []

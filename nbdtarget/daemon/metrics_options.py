@@ -9,7 +9,7 @@ __all__ = ["NO_METRICS", "MetricsOptions"]
 
 
 class MetricsOptions(NamedTuple):
-    """What the options or the configuration file say.
+    """The options about metrics, of the command line or of the configuration file.
 
     Attributes:
         address: as it was written; None: metrics have no address of their own.
@@ -20,7 +20,7 @@ class MetricsOptions(NamedTuple):
     has_devices: bool | None = None
 
     def or_else(self, other: "MetricsOptions") -> "MetricsOptions":
-        """What is said here, and else there."""
+        """Return these options, and those of `other` for the ones that are not given here."""
         return MetricsOptions(
             self.address or other.address,
             other.has_devices if self.has_devices is None else self.has_devices,

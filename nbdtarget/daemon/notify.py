@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the service manager is told: systemd's `sd_notify` protocol, over one datagram socket.
+"""Messages to the service manager: systemd's `sd_notify` protocol, over one datagram socket.
 
     READY=1                       clients may come; also when a reload has ended
     RELOADING=1, MONOTONIC_USEC   a reload begins

@@ -23,7 +23,7 @@ EXPIRY_PERIOD_S: Final = 86400.0  # from one look at the certificates to the nex
 
 
 class SecurityOptions(NamedTuple):
-    """What a user said for all listeners and exports.
+    """The security options for all listeners and exports.
 
     Attributes: access: rules of exports that have none of their own; None: everybody may attach.
     """
@@ -74,7 +74,7 @@ class Security:
         if tls.mode is TlsMode.OFF:
             log.warning(
                 "%s: NBD without TLS (--tls): each machine that can reach this port can read and write"
-                " the disks%s, and whoever is on the way reads along",
+                " the disks%s, and machines on the way can read what is sent",
                 address,
                 "" if self.rules.default is None else " as the rules say",
             )
@@ -142,7 +142,7 @@ class Security:
 
 
 def security_of(options: SecurityOptions, config: "Config | None") -> Security:
-    """What a command says, and what it does not say from its configuration file. Raises: NbdTargetError."""
+    """Return the options of a command, and for those that it does not have, the ones of its configuration file. Raises: NbdTargetError."""
     if config is None:
         return Security(options)
     return Security(

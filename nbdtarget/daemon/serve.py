@@ -37,7 +37,7 @@ STATE_VARIABLE: Final = "STATE_DIRECTORY"
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
+    """The options of `serve`. No `listen`: a unix socket in the runtime directory.
 
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.

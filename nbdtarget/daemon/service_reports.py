@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the service manager hears while the server runs: a line about its devices, and signs of life.
+"""Reports to the service manager while the server runs: a line about its devices, and signs of life.
 
     STATUS=…      every `STATUS_PERIOD_S`, if the line has changed: "web 43 % hydrated, 2 clients"
     WATCHDOG=1    twice in the time after which the manager takes the process for dead (`WatchdogSec=`)
@@ -94,7 +94,7 @@ def _shortened(words: list[str]) -> list[str]:
 
 
 def _detail(device: MappedDevice) -> str:
-    """What is worth telling of a device now, or ""."""
+    """Return the words about a device that are worth reporting now, or ""."""
     table = device.active
     if table is None:
         return "has no table"

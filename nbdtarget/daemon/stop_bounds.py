@@ -20,7 +20,7 @@ class StopBounds(NamedTuple):
 
     @classmethod
     def of(cls, seconds: float | None) -> "StopBounds":
-        """What `--stop-timeout` says; 0: no bound. None: it says nothing."""
+        """Return the bounds for `--stop-timeout`. Args: seconds: 0: no bound; None: the default."""
         return cls() if seconds is None else cls(seconds or None)
 
     @property

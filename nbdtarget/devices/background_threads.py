@@ -3,7 +3,7 @@
 
 Theory of operation. Such a thread is a batch job (SCHED_BATCH), nicer than the others by NICE_STEP, and has the longest time slice that there
 is. Where processors are scarce, those who serve clients come first; without anything else to do for the processors, background work is as fast as
-ever. The slice matters most: Linux 6.12 and later lets whoever wakes up with a shorter slice have the processor
+ever. The slice matters most: Linux 6.12 and later lets a thread that wakes up with a shorter slice have the processor
 at once. An older kernel, and a Python without the compiled half, leave it at the other two: then a client may wait until a tick of the
 scheduler ends the slice, some milliseconds.
 

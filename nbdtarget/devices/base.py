@@ -78,7 +78,7 @@ EXTENT_ZERO = 2  # reads as zeroes
 
 
 class QueueLimits(NamedTuple):
-    """What requests a device likes, in bytes; it takes any. 0: it has nothing to say.
+    """The sizes of requests that suit a device, in bytes; it takes any. 0: no preference.
 
     Attributes:
         logical_block_size: what a region size must be a multiple of.
@@ -93,7 +93,7 @@ class QueueLimits(NamedTuple):
     discard_granularity: int = 0
 
     def stacked(self, other: "QueueLimits") -> "QueueLimits":
-        """What suits both. Source: blk_stack_limits."""
+        """Return the limits that suit both. Source: blk_stack_limits."""
         return QueueLimits(
             max(self.logical_block_size, other.logical_block_size),
             max(self.io_min, other.io_min),
@@ -351,7 +351,7 @@ class Device:
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """What `context_extents` can tell about now, by name."""
+        """Return the names of the contexts that `context_extents` knows now."""
         return ()
 
     async def context_extents(

@@ -80,7 +80,7 @@ class BulkCopies:
         self._nr_copies = 0
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        # What threads have to tell the loop, in its order: an ended copy, or a stream with the
+        # The messages of the threads to the loop, in their order: an ended copy, or a stream with the
         # reason for its end.
         self._told: deque[BulkCopy | tuple[BulkStream, str]] = deque()
         self._wakeup_is_due = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices and bulk copies say to each other: streams that read, a writer, and the chunks of a copy.
+"""The interface between devices and bulk copies: streams that read, a writer, and the chunks of a copy.
 
 The copies themselves: `nbdtarget.devices.bulk`.
 """

@@ -183,7 +183,7 @@ def _maybe_data(offset: int, data: bytes) -> str | None:
 
 
 def _maybe_tail_signature(size: int, tail: bytes) -> str | None:
-    """What lies at a distance from the end of the disk."""
+    """Return the mark at a distance from the end of the disk, if there is one."""
 
     def at(offset: int, length: int) -> bytes:
         begin = offset - (size - len(tail))

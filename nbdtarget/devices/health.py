@@ -32,7 +32,7 @@ class HealthState(Enum):
 
 
 class Bequest:
-    """What connections to a device that are closed now have left behind for the next one.
+    """The state that closed connections to a device have left behind for the next one.
 
     Attributes:
         losses: the lowest number of losses that one of them had been told.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device can tell of itself, so that it is recognised at the next start.
+"""The identity of a device, by which it is recognised at the next start.
 
     a file              its device number, inode and time of last modification, and a mark: the
                         extended attribute `user.nbdtarget.ROLE`, "UUID GENERATION"
@@ -55,7 +55,7 @@ XATTR: Final = "user.nbdtarget."
 UUID_BYTES: Final = 16
 GENERATION_DIGITS_MAX: Final = 20
 
-# What sysfs has for a whole disk, strongest first: the key that we record, and where it stands.
+# The ids in sysfs for a whole disk, strongest first: the key that we record, and where it stands.
 _SYSFS: Final = (
     ("wwid", "wwid"),
     ("wwid", "device/wwid"),
@@ -132,7 +132,7 @@ def is_still_there(recorded: Disk) -> bool:
 
 
 def block_ids(rdev: int) -> tuple[str, ...]:
-    """What the kernel knows of a block device, as "key=value"."""
+    """Return the ids that the kernel has for a block device, as "key=value"."""
     number = f"{os.major(rdev)}:{os.minor(rdev)}"
     ids = dict(_sysfs_ids(Path("/sys/dev/block", number)))
     if not ids:
@@ -143,7 +143,7 @@ def block_ids(rdev: int) -> tuple[str, ...]:
 
 
 def nbd_ids(uri: NbdUri) -> tuple[str, ...]:
-    """What tells an export from others."""
+    """Return the facts that tell an export from others."""
     server = uri.socket_path or f"{uri.host.lower()}:{uri.port}"
     if server.startswith("/"):
         server = os.path.realpath(server)

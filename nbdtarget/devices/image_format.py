@@ -35,7 +35,7 @@ TAR_MEMBERS_MAX: Final = 64  # in 64 KiB there is room for twice as many
 
 
 class ImageFormat(NamedTuple):
-    """What a disk begins or ends like.
+    """The format whose mark a disk has at its beginning or its end.
 
     Attributes:
         name: of the format, as qemu calls it, or as the program that unpacks it does.
@@ -62,7 +62,7 @@ class ImageFormat(NamedTuple):
         )
 
     def advice_for(self, name: str, path: str | None) -> str:
-        """What to do to get at the disk inside."""
+        """Return the advice how to get at the disk inside."""
         is_encoded = self.word.startswith(("qemu:", "nbdkit:"))
         is_remote = name.startswith(_REMOTE) and not self.word.startswith("nbdkit:")
         if self.word and (path is not None or is_remote):
@@ -151,7 +151,7 @@ def maybe_image_format(head: bytes, tail: bytes = b"") -> ImageFormat | None:
 
 
 def _of_trailer(tail: bytes) -> ImageFormat | None:
-    """What the last 512 bytes say; fewer than 512 zeroes may come behind them, which a rounded size added."""
+    """Look at the last 512 bytes; fewer than 512 zeroes may come behind them, which a rounded size added."""
     for magic, is_trailer, image in _TRAILERS:
         at = tail.rfind(magic)
         if at < 0 or any(tail[at + TRAILER_BYTES :]):

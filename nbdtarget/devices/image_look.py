@@ -20,7 +20,7 @@ async def maybe_image_on(device: Device) -> ImageFormat | None:
     head = await device.read(0, min(HEAD_BYTES, device.size))
     found = maybe_image_format(head.tobytes())
     start = tail_start(device.size)
-    # What can only be read in order would be read to its end here.
+    # A disk that can only be read in order would be read to its end here.
     if found is not None or start is None or device.is_forward_only:
         return found
     tail = await device.read(start, device.size - start)

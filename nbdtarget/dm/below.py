@@ -37,7 +37,7 @@ class Below:
 
     @property
     def losses(self) -> int:
-        """What has been lost below since the table became live."""
+        """Return the number of losses below since the table became live."""
         return sum(each.losses for each in self._data_devices) - self._losses_before
 
     def adopt(self, table: Table | None) -> None:

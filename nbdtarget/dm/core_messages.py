@@ -15,7 +15,7 @@ _ROTATIONAL: Final = {"yes": True, "no": False, "auto": None}
 
 
 class _Device(Protocol):
-    """What the messages change."""
+    """The parts of a device that the messages change."""
 
     access_trace: AccessTrace
     deferred_remove: bool

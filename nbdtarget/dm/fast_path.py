@@ -205,7 +205,7 @@ class FastPath:
 
 
 def end_with_eio(bio: Bio) -> None:
-    """What a removed device does with a bio."""
+    """End a bio of a removed device with EIO."""
     bio.end(errnos.EIO)
 
 

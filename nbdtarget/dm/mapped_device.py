@@ -151,7 +151,7 @@ class MappedDevice(AnswersQuestions):
         return self.health.losses + self._below.losses
 
     def devices_below(self) -> list[Device]:
-        """What the live table stands on in the end, each once: no mapped devices."""
+        """Return the devices at the bottom of the live table, each once; none of them is a mapped device."""
         found: dict[Device, None] = {}
         for device in self._below.devices:
             if isinstance(device, MappedDevice):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may name a mapped device: its name, its UUID, its minor number.
+"""The ways to name a mapped device: its name, its UUID, its minor number.
 
 Minor numbers are the lowest free ones, from 0, as in the kernel. They refer to nothing outside of this
 process; they are there because `info` and `ls` show them.

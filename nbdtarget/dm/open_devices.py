@@ -461,7 +461,7 @@ class OpenDevices:
         )
 
     def lower_devices(self, holder: MappedDevice) -> list[Device]:
-        """What `holder`'s tables have open, live and inactive."""
+        """Return the devices that the tables of `holder` have open, live and inactive."""
         return [opened.device for opened in self._all if opened.is_held_by(holder)]
 
     def stands_on(self, upper: MappedDevice, lower: MappedDevice) -> bool:
@@ -474,7 +474,7 @@ class OpenDevices:
 
 
 class MappedDevices(Protocol):
-    """What a context asks of the registry."""
+    """The methods of the registry that a context calls."""
 
     opens: OpenDevices
     clock: Clock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mapped device is asked beside I/O: status, table lines, messages, extents, contexts.
+"""The questions to a mapped device beside I/O: status, table lines, messages, extents, contexts.
 
 Theory of operation. A question does not queue behind a verb. It looks at the table that is live at this moment,
 and keeps the targets that it asks from being destroyed before they have answered (`Table.use`). So a suspend that

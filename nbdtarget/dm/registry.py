@@ -344,7 +344,7 @@ class Registry:
             self.replacements.request(device, context, type_name, args, devices)
 
     def maybe_load_lock(self, device: MappedDevice) -> asyncio.Lock | None:
-        """What keeps loads for `device` from each other; None: it is gone."""
+        """Return the lock that keeps loads for `device` apart; None: the device is gone."""
         return self._load_locks.get(device)
 
     async def clear(self, name: str) -> None:
@@ -629,7 +629,7 @@ class Registry:
                 device.give_up_reads()
 
     def hanging(self) -> list[str]:
-        """What `close` still waits for, a line each."""
+        """Return the things that `close` still waits for, a line each."""
         lines = []
         for device in (*self.devices(), *self._removing):
             below = [

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class _Registry(MappedDevices, Protocol):
-    """What is asked of the registry."""
+    """The methods of the registry that are called here."""
 
     types: Mapping[str, type[Target]]
 

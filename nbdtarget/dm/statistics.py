@@ -180,7 +180,7 @@ class _Region:
 
     @property
     def unit_ns(self) -> int:
-        """What its times are told in."""
+        """The unit of its times, in ns."""
         return 1 if self.is_precise else MS_NS
 
     def area(self, index: int, now_ns: int) -> _Area:

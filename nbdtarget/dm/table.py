@@ -72,7 +72,7 @@ class TargetSpec(NamedTuple):
 
 
 class TableMistake(NamedTuple):
-    """What is wrong with a table. `line_nr` counts from 1; 0: the table as a whole."""
+    """A mistake in a table. `line_nr` counts from 1; 0: the table as a whole."""
 
     line_nr: int
     reason: str
@@ -130,7 +130,7 @@ def _line_mistakes(
     end_sectors: int | None,
     line_nr: int,
 ) -> Iterator[str]:
-    """What is wrong with one line after the line that ended at `end_sectors`."""
+    """Yield the mistakes in one line; the line before it ended at `end_sectors`."""
     start_sectors = spec.begin // SECTOR
     if spec.length == 0:
         yield f"zero-length target on line {line_nr} of table"
@@ -158,7 +158,7 @@ def _maybe_spec(line: str) -> TargetSpec | None:
     )
 
 
-# What is asked of each target about a range of bytes of it.
+# A question to each target about a range of its bytes.
 Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
 
@@ -234,7 +234,7 @@ class Table:
 
     @property
     def limits(self) -> QueueLimits:
-        """What requests suit all targets and what lies below them."""
+        """Return the limits that suit all targets and the devices below them."""
         limits = QueueLimits()
         for target in self.targets:
             below = QueueLimits()
@@ -291,7 +291,7 @@ class Table:
             ) from None
 
     async def describe(self, offset: int, length: int, ask: Ask) -> list[Extent]:
-        """What the targets say of a range inside the table, or of its beginning."""
+        """Return the targets' answers for a range inside the table, or for its beginning."""
         answer: list[Extent] = []
         with self.use():
             for target, part in self.runs(offset, length):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running server tells of itself: figures for programs, and metrics for Prometheus."""
+"""The figures of a running server for programs, and its metrics for Prometheus."""

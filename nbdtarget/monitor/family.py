@@ -12,7 +12,7 @@ COUNTER: Final = "counter"
 GAUGE: Final = "gauge"
 HISTOGRAM: Final = "histogram"
 
-# What stands behind the name of the family, the values of the labels, and the value. Only histograms have a suffix.
+# A sample: the suffix of the family's name (only histograms have one), the values of the labels, and the value.
 Row = tuple[str, tuple[str, ...], float]
 Rows = Iterator[Row]
 

@@ -105,7 +105,7 @@ class Groups:
         return Group.labelled(("device", "uuid", "targets"), found)
 
     def operation(self, name: str) -> Group[OperationFigures]:
-        """What clients have asked for, by `device`. Devices of which none has asked for it are missing."""
+        """Return the requests of clients, by device. Devices without any are missing."""
         group = self._operations.get(name)
         if group is None:
             group = self._operations[name] = Group([], [], [])

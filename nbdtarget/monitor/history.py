@@ -40,7 +40,7 @@ _WIDTH: Final = _NUMBERS * len(_COMMANDS)
 
 
 class Accounts(Protocol):
-    """What clients have asked for, by device."""
+    """The requests of clients, by device."""
 
     def of(self, device: Device) -> Account | None: ...
 

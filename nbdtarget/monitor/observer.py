@@ -149,7 +149,7 @@ class Observer:
         return list(self._registry.devices())
 
     async def _all(self) -> Mapping[int, Counts]:
-        """What all clients have asked for."""
+        """Return the requests of all clients."""
         total = Traffic()
         parts = self._listener.accounts.all.parts()
         for at in range(0, len(parts), CONNECTIONS_AT_ONCE):

@@ -56,7 +56,7 @@ __all__ = [
     "Work",
 ]
 
-# What `lookup` returns for an oblock that is not cached.
+# `lookup` returns this for an oblock that is not cached.
 MISS: Final = -1
 MISS_WAKE: Final = -2  # a miss, and `get_background_work` may have something new
 
@@ -106,7 +106,7 @@ class Work:
 
 
 class HitTables(NamedTuple):
-    """What is cached, as flat arrays: see `Policy.hit_tables`, and `smq/block_table.py` for the hash table.
+    """The mappings, as flat arrays: see `Policy.hit_tables`, and `smq/block_table.py` for the hash table.
 
     Attributes:
         blocks, buckets, chain, shift: the hash table that finds the cblock of an oblock.

@@ -25,7 +25,7 @@ POLICY_TYPES: Final[dict[str, type[Policy]]] = by_name(
     attrgetter("name"),
 )
 
-# What the kernel has a second name for; status lines show the first one.
+# The kernel has a second name for these policies; status lines show the first one.
 ALIASES: Final = {"default": "smq"}
 
 

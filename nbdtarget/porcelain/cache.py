@@ -78,7 +78,7 @@ THRESHOLD_BLOCKS_MIN: Final = 8
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for; names as they were written. Sizes are in bytes.
+    """The options of the command; names as they were written. Sizes are in bytes.
 
     Args:
         name: the name of the export; None: from the origin's name.
@@ -127,7 +127,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is going to be done.
+    """The plan of a job.
 
     Args:
         size: the size of the origin.
@@ -147,7 +147,7 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user is shown while the cache runs. `hit_ratio` is None before the first access."""
+    """The figures that the user is shown while the cache runs. `hit_ratio` is None before the first access."""
 
     used_blocks: int
     total_blocks: int
@@ -159,7 +159,7 @@ class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheReporter(job.Reporter[CachePlan], Protocol):
-    """What tells the user how the job goes."""
+    """Tells the user how the job goes."""
 
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
         """The last shutdown was not clean: these blocks count as dirty and will be written back."""

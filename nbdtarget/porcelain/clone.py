@@ -62,7 +62,7 @@ PROGRESS_PERIOD_S: Final = 0.25
 
 
 class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for; names as they were written.
+    """The options of the command; names as they were written.
 
     Args:
         name: the name of the export; None: from the destination's name.
@@ -112,7 +112,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is going to be done.
+    """The plan of a job.
 
     Attributes:
         order: what is hydrated first, begin and end in bytes, half-open.
@@ -134,7 +134,7 @@ class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneReporter(job.Reporter[ClonePlan], Protocol):
-    """What tells the user how the job goes."""
+    """Tells the user how the job goes."""
 
     def progress(self, done: int, size: int) -> None:
         """`done` of `size` bytes of the destination are hydrated."""

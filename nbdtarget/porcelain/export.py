@@ -27,7 +27,7 @@ __all__ = ["ExportJob", "ExportOptions", "ExportPlan", "plan_export"]
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for; names as they were written.
+    """The options of the command; names as they were written.
 
     Args:
         name: the name of the export; None: from the disk's name.
@@ -54,7 +54,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is going to be done. Nothing is ever created."""
+    """The plan of a job. Nothing is ever created."""
 
     name: str
     size: int

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class Plan(Protocol):
-    """What is going to be done.
+    """The plan of a job.
 
     Attributes:
         name: of the export.
@@ -77,7 +77,7 @@ P_contra = TypeVar("P_contra", bound=Plan, contravariant=True)
 
 
 class Reporter(Protocol[P_contra]):
-    """What tells the user how the job goes."""
+    """Tells the user how the job goes."""
 
     def serving(self, plan: P_contra, uris: list[str]) -> None:
         """Clients can connect now."""
@@ -213,7 +213,7 @@ class Job(Generic[P]):
         if table is not None and _has_lost_any(device, table):
             self._has_failed = True
         if must_leave_at_once():
-            # What hangs would hang again, whatever is asked of it.
+            # A device that hangs would hang again, whatever is asked of it.
             has_failed = self._has_failed or not self._daemon.is_committed
         else:
             await self._ended(plan)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan looks at before anything is changed: names, sizes, formats. Nothing here changes anything."""
+"""Looks at names, sizes and formats before anything is changed. Nothing here changes anything."""
 
 import errno as errnos
 import logging
@@ -141,7 +141,7 @@ async def warn_of_image(name: str, *, read_only: bool) -> None:
 
 
 async def _maybe_image(device: Device, name: str) -> ImageFormat | None:
-    """What the device begins or ends like, if its name does not say its format. Raises: DeviceError."""
+    """Return the format whose mark the device has, if its name does not say its format. Raises: DeviceError."""
     if resolve.says_format(name) or not device.may_be_container:
         return None
     return await maybe_image_on(device)

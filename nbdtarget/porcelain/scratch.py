@@ -52,7 +52,7 @@ MEMORY: Final = "memory"  # as a store
 
 
 class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for.
+    """The options of the command.
 
     Args:
         image: what the copies are of.
@@ -77,7 +77,7 @@ class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScratchPlan(NamedTuple):
-    """What is going to be done.
+    """The plan of a job.
 
     Attributes:
         names: of the exports.

@@ -53,7 +53,7 @@ def context_names(device: Device) -> tuple[str, ...]:
 
 
 class Asked(NamedTuple):
-    """What a BLOCK_STATUS asks about."""
+    """The contexts and the range of a BLOCK_STATUS."""
 
     device: Device
     slicing: Slicing

@@ -210,7 +210,7 @@ class Connection:
 
     @property
     def client(self) -> Client:
-        """What is known of it."""
+        """Return the client, the device that it has attached, and its traffic."""
         traffic = None if self._requests is None else self._requests.traffic
         identity, nr = self._negotiation.identity, self._flow.nr_requests
         return Client(self.peer, identity, self._device, traffic, nr)

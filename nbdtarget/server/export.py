@@ -173,7 +173,7 @@ class DirectoryExports:
         )
 
     def _access(self, name: str) -> Access:
-        """What the client may do with an export that exists."""
+        """Return the rights of the client on an export that exists."""
         access = self._rules.access(name, self.client)
         if access is Access.NONE and name not in self._refused:
             self._refused.add(name)

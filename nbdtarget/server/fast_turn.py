@@ -67,7 +67,7 @@ CUT: Final = "a part of a reply has left, and the rest of its data cannot be rea
 
 
 class FastHost(Host, Protocol):
-    """What the compiled fast path asks of its connection."""
+    """The methods of a connection that the compiled fast path calls."""
 
     def guard(self, call: Callable[[], None]) -> None:
         """Run `call`. An exception from it ends this connection and no other."""

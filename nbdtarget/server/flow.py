@@ -52,7 +52,7 @@ NEVER: Final = Soon(_nothing)
 
 
 class Flowing(Protocol):
-    """What `Flow` asks of its connection."""
+    """The methods of a connection that `Flow` calls."""
 
     def pause(self) -> None:
         """Stop receiving."""

@@ -172,7 +172,7 @@ class Input:
         return bytes(self.view[self.begin : self.end])
 
     def expect(self, large: LargeWrite) -> None:
-        """What comes next is the rest of the payload of `large`."""
+        """Expect the rest of the payload of `large` next."""
         self.large = large
         self._flow.moved()
 

@@ -133,7 +133,7 @@ class Limits:
 
 
 class Budget:
-    """What all connections of a listener have in flight, and which of them wait for it to shrink.
+    """Counts the requests in flight of all connections of a listener, and knows which connections wait for fewer.
 
     Attributes:
         nr_requests, nr_bytes: in flight now.

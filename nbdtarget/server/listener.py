@@ -165,7 +165,7 @@ class Listener:
 
     @property
     def budget(self) -> Budget | None:
-        """What all connections have in flight; None before the first `start`."""
+        """Return the requests in flight of all connections; None before the first `start`."""
         return None if self._shared is None else self._shared.budget
 
     async def start(self, address: str, tls: ListenerTls | None = None) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a listener and its connections tell another process that goes on in their place.
+"""The messages with which a listener and its connections hand themselves over to another process.
 
 The sockets themselves are passed as descriptors, in this order: for each listening socket the socket and, of a unix socket, the
 lock of its path; then one for each connection.

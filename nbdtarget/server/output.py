@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a connection: the arena of small replies, and the queue behind it.
+"""The output of a connection: the arena of small replies, and the queue behind it.
 
 Theory of operation. Small replies are packed one after another into the *arena*, READ data
 included: the device reads straight into the place that is sent. One `send` carries a whole

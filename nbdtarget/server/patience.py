@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Waiting(Protocol):
-    """What is asked of a connection."""
+    """The methods of a connection that are called here."""
 
     peer: str
     state: int

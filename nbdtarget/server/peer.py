@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel knows of the client's end of a connection, without reading from the socket."""
+"""Asks the kernel about the client's end of a connection, without reading from the socket."""
 
 import select
 import socket

@@ -53,7 +53,7 @@ _sched_yield: Final = os.sched_yield
 
 
 class Polling:
-    """What the pollers of one listener share. Only they write it.
+    """The state that the pollers of one listener share. Only they write it.
 
     Attributes:
         last: the `Poller` or `Receiver` of the connection that received last.

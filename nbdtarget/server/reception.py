@@ -42,7 +42,7 @@ BATCHES_MAX: Final = 16  # received and served in one turn of the loop
 
 
 class ReceptionHost(FastHost, Protocol):
-    """What receiving asks of its connection."""
+    """The methods of a connection that its reception calls."""
 
     state: int
     is_frozen: bool
@@ -102,7 +102,7 @@ class Reception:
 
     @property
     def reader(self) -> Callable[[], object]:
-        """What the loop calls when there is something to receive."""
+        """Return the callback for the loop: there is something to receive."""
         # The compiled fast path calls `readable` for all that it does not do.
         return self._host.readable if self._fast is None else self._fast.receiver
 

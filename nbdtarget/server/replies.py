@@ -35,7 +35,7 @@ __all__ = ["Answers"]
 _pack_extended: Final = EXTENDED_CHUNK.pack_into
 _pack_extended_data: Final = EXTENDED_OFFSET_DATA.pack_into
 
-# What is packed as plain numbers.
+# These values are packed as plain numbers.
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
 assert REPLY_TYPE_NONE == 0
 
@@ -96,7 +96,7 @@ class Answers:
         output, length = self._output, bio.length
         if bio.op == OP_WRITE:
             at = cookie, offset, 0
-            # What the fields of a chunk are called: magic, flags (DONE), type (NONE).
+            # The fields of a chunk, by the names in the standard: magic, flags (DONE), type (NONE).
             _pack_extended(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 0, *at)
             return EXTENDED_CHUNK.size
         if length >= self.zero_min or bio.payload is not payload:

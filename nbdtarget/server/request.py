@@ -16,7 +16,7 @@ class Violation(Exception):
 
 
 class Request(NamedTuple):
-    """What is needed to answer a bio that did not take the fast path (`bio.private`)."""
+    """The data for the reply to a bio that did not take the fast path (`bio.private`)."""
 
     cookie: int
     command: int

@@ -93,7 +93,7 @@ _CHUNK: Final = STRUCTURED_REPLY_MAGIC
 # The hot loop counts requests and their bytes in one number: as many requests as this goes into it, and the rest are bytes.
 ONE_REQUEST: Final = 1 << 40
 
-# What the hot loop writes as plain numbers.
+# The hot loop uses these values as plain numbers.
 assert CMD_FLAG_FUA == FUA == 1
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
 assert SIMPLE_REPLY.size == 16
@@ -142,7 +142,7 @@ class Requests:
         )
         # The bio of the fast path.
         self._bio = Bio(OP_READ, 0, 0, None, 0, self.in_flight.ended)
-        # What the fast path takes: up to which length a READ and a WRITE, -1: none; the size of the export; from
+        # The limits of the fast path: up to which length a READ and a WRITE, -1: none; the size of the export; from
         # which length a READ is looked through for zeroes; how replies look (1: structured, 2: extended); and how many
         # bytes stand in front of the data of a READ.
         writable = bool(transmission.flags_allowed.get(CMD_WRITE, 0) & CMD_FLAG_FUA)

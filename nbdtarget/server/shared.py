@@ -24,7 +24,7 @@ __all__ = ["Host", "Shared"]
 
 @dataclass(slots=True)
 class Shared:
-    """What the connections of one listener share."""
+    """The things that the connections of one listener share."""
 
     loop: asyncio.AbstractEventLoop
     clock: Clock
@@ -45,7 +45,7 @@ class Shared:
     accounts: Accounts
 
     def exports_of(self, client: Identity | None, peer: str) -> DirectoryExports:
-        """What a client may attach; see `DirectoryExports`."""
+        """Return the exports that a client may attach; see `DirectoryExports`."""
         return DirectoryExports(
             self.directory,
             payload_max=self.limits.payload_max,
@@ -57,7 +57,7 @@ class Shared:
 
 
 class Host(Protocol):
-    """What requests ask of their connection."""
+    """The methods of a connection that its requests call."""
 
     peer: str
 

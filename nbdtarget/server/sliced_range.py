@@ -82,7 +82,7 @@ class Pace:
 
 
 class Slicing(NamedTuple):
-    """What work needs that is done in slices.
+    """The things that work in slices needs.
 
     Attributes:
         reason_to_stop: returns the errno with which to end, if it is not worth going on; else 0.

@@ -19,7 +19,7 @@ __all__ = ["SlicedRead", "Slicing"]
 
 
 class Slicing(Protocol):
-    """What a sliced READ asks of the requests of its connection."""
+    """The methods of a connection's requests that a sliced READ calls."""
 
     def submit_slice(self, bio: Bio) -> None:
         """Send one slice to the device."""

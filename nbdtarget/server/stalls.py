@@ -55,7 +55,7 @@ def may_notice(received: Input | None, watch: Watch) -> bool:
 
 
 class Stalling(Protocol):
-    """What is asked of a connection."""
+    """The methods of a connection that are called here."""
 
     peer: str
 

@@ -22,7 +22,7 @@ _DAY_S: Final = 86400.0
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """What a user said of TLS for one listener. None: nothing, so that `or_else` takes it from elsewhere.
+    """The TLS options of one listener. None: the option was not given, and `or_else` takes it from elsewhere.
 
     Args:
         mode: "off", "on" or "require".

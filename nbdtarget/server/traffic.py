@@ -90,12 +90,12 @@ _COMPILED: Final = (
 Counts = list[int]
 _NR, _NR_BYTES, _TAKEN_NS, _NR_FAILED, NR_TOTALS = range(5)
 
-# What the compiled path tells of one command: how many, their bytes, their time in ns, and how many of them in each bucket.
+# The figures of the compiled path for one command: how many, their bytes, their time in ns, and how many of them in each bucket.
 _Answered = tuple[int, int, int, list[int]]
 
 
 class _Compiled(Protocol):
-    """What the compiled path has counted: `nbdtarget_fast.Plane`."""
+    """The counters of the compiled path: `nbdtarget_fast.Plane`."""
 
     def counted(self) -> tuple[_Answered, _Answered, _Answered]:
         """In the order of `_COMPILED`."""

@@ -109,7 +109,7 @@ class Run(NamedTuple):
 
 
 class Runs:
-    """What one constructor opens; it closes all of it again if the constructor refuses.
+    """The devices that one constructor opens; it closes all of them again if the constructor refuses.
 
         async with Runs(ctx, "delay") as runs:
             run = await runs.open(name, start_sectors, ctx.length)

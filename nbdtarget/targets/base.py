@@ -43,7 +43,7 @@ __all__ = [
     "count",
 ]
 
-# What a target tells of itself by name; names end in their unit, where they have one.
+# The status of a target by name; names end in their unit, where they have one.
 StatusFields = dict[str, bool | int | float | str | None]
 
 
@@ -56,14 +56,14 @@ def count(fields: StatusFields, name: str) -> int:
 
 MESSAGE_SHOWN_MAX: Final = 80  # characters of a message that is refused
 
-# What `map` answers.
+# The answers of `map`.
 REMAPPED: Final = 0  # bio.device and bio.offset are set: the caller submits it there
 SUBMITTED: Final = 1  # the target keeps the bio and ends it, or has already ended it
 KILL: Final = 2  # the caller ends the bio with EIO
 
 
 class TargetContext(Protocol):
-    """What a target may ask of the mapped device that it is constructed for.
+    """The parts of a mapped device that a target may use, which is constructed for it.
 
     Attributes:
         begin, length: bytes; where the target stands in the table.
@@ -102,7 +102,7 @@ class TargetContext(Protocol):
         ...
 
     def full_name(self, name: str) -> str:
-        """What a device would be called that is opened as `name`: a path is absolute."""
+        """Return the name that a device has when it is opened as `name`: a path becomes absolute."""
         ...
 
     async def maybe_open_device(self, name: str) -> Device | None:
@@ -249,7 +249,7 @@ class Target:
         return ""
 
     def status_fields(self) -> StatusFields:
-        """What the INFO words say, by name, and what they have no place for."""
+        """Return the INFO words by name, and figures for which they have no place."""
         return {}
 
     def table_words(self) -> str:
@@ -257,7 +257,7 @@ class Target:
         return ""
 
     def measured_words(self) -> str:
-        """What the kernel measures of such a target, as `target_attributes`; "" where it measures nothing."""
+        """Return what the kernel measures of such a target, as `target_attributes`; "" where it measures nothing."""
         return ""
 
     async def message(self, words: Sequence[str]) -> str | None:
@@ -327,7 +327,7 @@ class Target:
         return any(device.is_rotational for device in self.iterate_devices())
 
     def io_hints(self, limits: QueueLimits) -> QueueLimits:
-        """What requests this target likes; `limits` are what the devices below like, stacked."""
+        """Return the limits of this target; `limits` are those of the devices below, stacked."""
         return limits
 
     def has_lost_writes(self) -> bool:

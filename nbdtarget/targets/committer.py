@@ -85,7 +85,7 @@ log = logging.getLogger(__name__)
 
 
 class Transaction(Protocol):
-    """What `pre_commit` took."""
+    """The changes that `pre_commit` took."""
 
     def journal(self) -> Steps[None]: ...
 
@@ -200,7 +200,7 @@ class Committer:
         self.unflushed: dict[Device, Unflushed] = {}
         self.unflushable: set[Device] = set()
         self.can_do_without: CanDoWithout | None = None
-        # What a device had lost before this target used it is no loss of this target.
+        # Writes that a device had lost before this target used it are no loss of this target.
         self._losses = {each: each.losses for each in (device, *backing)}
         self._seen_losses = {each: each.losses for each in backing}
         self._aborts_on_loss = aborts_on_loss

@@ -343,7 +343,7 @@ class _Copy:
 
 
 class _Chunk(NamedTuple):
-    """What a chunk's bios are about: a mapped device below changes a bio's own offset.
+    """The place that a bio of a chunk copies: a mapped device below changes the offset in the bio itself.
 
     Attributes: offset: on the source.
     """

@@ -174,7 +174,7 @@ class DelayTarget(Target):
             self._send_first()
         if not self._waiting:
             return
-        # What ended just now may have brought new bios, and a timer for a later one.
+        # The bios that ended just now may have brought new ones, and a timer for a later one.
         due_ns = self._waiting[0][0]
         if self._timer is None or due_ns < self._timer_due_ns:
             self._set_timer(due_ns, max((due_ns - now_ns) / 1e9, _MS_S))

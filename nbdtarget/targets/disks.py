@@ -66,7 +66,7 @@ __all__ = [
     "spread_ones",
 ]
 
-# What a disk is to its target; these words stand in the metadata and in the marks.
+# The roles of disks in a target; these words stand in the metadata and in the marks.
 DESTINATION_ROLE: Final = "destination"
 SOURCE_ROLE: Final = "source"
 CACHE_ROLE: Final = "cache"
@@ -79,7 +79,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorded(Protocol):
-    """What records them: the metadata of a target, or what a tool has read of it.
+    """The place where they are recorded: the metadata of a target, or a tool's copy of it.
 
     Attributes:
         disks: the record as the next commit writes it; recorded_disks: the one that is durable.
@@ -115,7 +115,7 @@ class Role(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What has become of one recorded disk.
+    """The comparison of one recorded disk with the disk that was opened.
 
     Attributes:
         changed: what has changed on it since it was recorded; empty: nothing that is known.
@@ -167,7 +167,7 @@ class Finding(NamedTuple):
 
 
 class DiskRecords:
-    """What one metadata object records of the disks that belong to it. See the module head.
+    """The disks that are recorded in one metadata object, and belong to it. See the module head.
 
     Args:
         name: the mapped device's, for logs.
@@ -188,7 +188,7 @@ class DiskRecords:
         self._shared = shared
 
     def recorded(self, role: str) -> Disk | None:
-        """What is recorded of one disk, if anything is."""
+        """Return the record of one disk, if there is one."""
         disks = decode_disks(self._metadata.disks)
         return next((disk for disk in disks if disk.role == role), None)
 
@@ -339,7 +339,7 @@ class DiskRecords:
             self._record(disks)
 
     def _recorded_of_others(self) -> list[Disk]:
-        """What is recorded of disks that this table does without."""
+        """Return the records of disks that are not in this table."""
         ours = {role.name for role in self._roles}
         recorded = decode_disks(self._metadata.disks)
         return [disk for disk in recorded if disk.role not in ours]

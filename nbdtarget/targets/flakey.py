@@ -54,7 +54,7 @@ _OPF_FUA: Final = 1 << 17
 
 @dataclass(slots=True)
 class Features:
-    """What happens while the device is down. `corrupt_byte` counts from 1; 0 is off."""
+    """The faults while the device is down. `corrupt_byte` counts from 1; 0 is off."""
 
     error_reads: bool = False
     drop_writes: bool = False
@@ -172,7 +172,7 @@ class FlakeyTarget(RunTarget):
         return REMAPPED
 
     def _changes(self, bio: Bio) -> list[tuple[int, int]]:
-        """What is to become of this bio's data: (index, value)."""
+        """Return the bytes to change in this bio's data: (index, value)."""
         features = self._features
         if bio.op == OP_READ:
             direction, probability, opf = "r", features.random_read, 0

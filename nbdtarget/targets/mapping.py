@@ -196,7 +196,7 @@ class MappingTarget(Target, Generic[M]):
         """
         if not (self._disks.are_known and self._metadata.mode is Mode.RW):
             return
-        # What is marked with a generation must say all that is recorded with it: so commit first.
+        # A disk that is marked with a generation must have all that is recorded with it: so commit first.
         if await self._committer.commit():
             await self._disks.note_stop(samples())
 

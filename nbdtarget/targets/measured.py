@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target measures of itself, as the kernel's do for its integrity measurement (IMA).
+"""The measurements of targets, as the kernel's targets make them for its integrity measurement (IMA).
 
 Here is no such measurement: it is what `measure` prints, as dmsetup's, with devices by path.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to tell users about metadata that cannot be used: which file, what is wrong, what to do."""
+"""Error messages for metadata that cannot be used: which file, what is wrong, what to do."""
 
 from typing import Final
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the constructors of clone and cache have in common: devices and metadata of one table line.
+"""Shared by the constructors of clone and cache: they open the devices and the metadata of one table line.
 
     async with Opening(ctx, "clone", "Failed to load metadata") as opening:
         metadata_device = await opening.maybe_metadata_device(name)
@@ -98,7 +98,7 @@ class Opening:
         await self._opened.aclose()
 
     def keep(self) -> None:
-        """What was opened belongs to the target from here on."""
+        """From here on the opened devices belong to the target."""
         self._opened.pop_all()
 
     def error(
@@ -134,7 +134,7 @@ class Opening:
             raise self.error(f"{role} device {device.name} {refusal}")
 
     async def _maybe_image(self, device: Device) -> ImageFormat | None:
-        """What it is like; None also if it cannot be read now: then nothing can be copied by mistake either."""
+        """Return the format of the image; None also if it cannot be read now: then nothing can be copied by mistake either."""
         try:
             async with timeout(LOOK_S_MAX):
                 return await maybe_image_on(device)
@@ -250,7 +250,7 @@ class Opening:
             live = live.beside[0]  # of a table that was loaded, and never resumed
         if not isinstance(live, kind):
             live = None
-        # What it was before anything is read: `refuse_stale` compares it at the resume.
+        # The generation before anything is read: `refuse_stale` compares it at the resume.
         generation = 0 if live is None else live.generation
         if live is not None and live.mode is Mode.RW:
             check(live)

@@ -181,7 +181,7 @@ class Prison:
         for older in dict.fromkeys(before):
             older.blocked.append(cell)
             cell.blockers += 1
-        # What sticks out on either side stays with the cell that asked for it; all between is this cell's.
+        # The part that sticks out on either side stays with the cell that asked for it; all between is this cell's.
         begins, ends, last = [begin], [end], [cell]
         if self._begins[low] < begin:
             begins.insert(0, self._begins[low])

@@ -206,7 +206,7 @@ class StripedTarget(Target):
         return ended
 
     def _count(self, device: Device, bio: Bio) -> None:
-        # What a device cannot do, and a hint that fails, say nothing of its health.
+        # A request that a device cannot do, and a hint that fails, say nothing of its health.
         if bio.status == errnos.ENOTSUP or bio.op == OP_CACHE:
             return
         self._errors[device] += 1

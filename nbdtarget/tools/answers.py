@@ -30,7 +30,7 @@ __all__ = [
 
 
 class DiskAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What is recorded of a disk that belongs to the metadata; `nbdtarget_metadata.disks` explains it.
+    """The record of a disk that belongs to the metadata; `nbdtarget_metadata.disks` explains it.
 
     `changed_ns`: the time of the last change of a file that is not in use, in ns of Unix time. `marked`:
     the generation of the mark on it.
@@ -75,7 +75,7 @@ def _disk_answer(disk: Disk) -> DiskAnswer:
 
 
 class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the newest superblock says. Sizes are bytes, arenas and their parts 4 KiB blocks.
+    """The content of the newest superblock. Sizes are bytes, arenas and their parts 4 KiB blocks.
 
     `degraded`: superblock copies that are not as they should be, for people.
     """
@@ -98,7 +98,7 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
     disks: list[DiskAnswer]
 
     def rows(self) -> list[tuple[str, str]]:
-        """What only this kind says."""
+        """Return the fields that only this kind of metadata has."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -233,7 +233,7 @@ def info_answer(
 
 
 class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What `check` found and did; `nbdtarget_metadata.tools.check` defines the words.
+    """The result of `check`; `nbdtarget_metadata.tools.check` defines the words.
 
     `complete`: everything was looked at. `done`: what was written.
     """
@@ -252,7 +252,7 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
     done: tuple[str, ...]
 
     def counts(self) -> str:
-        """What only this kind counts; empty if that cannot be read."""
+        """Return the counters that only this kind of metadata has; empty if that cannot be read."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -380,7 +380,7 @@ def check_answer(
 
 
 class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was written. `nr_lost` as in a dump; `damage`: of the input of a repair."""
+    """The metadata that was written. `nr_lost` as in a dump; `damage`: of the input of a repair."""
 
     file: str
     kind: str
@@ -390,7 +390,7 @@ class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
     damage: tuple[str, ...]
 
     def counts(self) -> str:
-        """What only this kind counts."""
+        """Return the counters that only this kind of metadata has."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -492,7 +492,7 @@ def _size_text(size: int) -> str:
 
 
 class ImportAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made of the kernel's metadata.
+    """The result of an import of the kernel's metadata.
 
     Args:
         source: the kernel's metadata.

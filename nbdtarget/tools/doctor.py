@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do for nbdtarget, and what is missing for what: `nbdtarget doctor`.
+"""Checks what this machine can do for nbdtarget, and names the packages that are missing: `nbdtarget doctor`.
 
 Each check looks at one thing and says what it found, what that is for, and what to do if it is missing. Checks about disks try
 things out in one folder, in a file that has no name and is gone afterwards. Nothing else is changed.
@@ -62,7 +62,7 @@ PACKAGES: Final = {
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check has found.
+    """The result of one check.
 
     Attributes:
         about: one of "program", "kernel", "disks", "limits", "clients", "packages".
@@ -81,7 +81,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What all checks have found. `folder`: where those about disks were made."""
+    """The results of all checks. `folder`: where the checks of disks were made."""
 
     version: str
     python: str

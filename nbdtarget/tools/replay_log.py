@@ -35,7 +35,7 @@ CHECKS: Final = {"flush": FLUSH, "fua": FUA}
 
 
 class ReplayJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for.
+    """The options of the command.
 
     Args:
         log, replay: names of devices; without `replay` nothing is written.
@@ -56,7 +56,7 @@ class ReplayJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogInfo(msgspec.Struct, frozen=True):
-    """What the superblock says."""
+    """The content of the superblock."""
 
     version: int
     sector_size: int

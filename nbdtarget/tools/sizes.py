@@ -21,7 +21,7 @@ __all__ = [
     "clone_size",
 ]
 
-# What `size` prints in; as in the tools for the kernel's caches.
+# The units of `size`; as in the tools for the kernel's caches.
 UNITS: Final = {
     "bytes": 1,
     "sectors": 512,

@@ -82,7 +82,7 @@ Opener = Callable[[str, bool], Awaitable[Device]]
 
 
 class WritebackJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for.
+    """The options of the command.
 
     Args:
         metadata, cache, origin: names of devices, as in a table line.
@@ -117,7 +117,7 @@ class FailedBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WritebackAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was copied; `recorded`: the metadata say so now. `clean_shutdown`: as it was before."""
+    """The copied blocks; `recorded`: the metadata say so now. `clean_shutdown`: as it was before."""
 
     file: str
     nr_blocks: int
@@ -265,7 +265,7 @@ def _check_sizes(
 
 
 class _Record:
-    """What the metadata has recorded of its disks, and is going to record."""
+    """The disks that the metadata has recorded, and those that it is going to record."""
 
     def __init__(self, content: CacheContent) -> None:
         self.uuid = content.uuid

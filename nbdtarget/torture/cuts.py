@@ -61,12 +61,12 @@ class Cut(msgspec.Struct, frozen=True):
 
 
 def keep_all(epoch: Epoch) -> State:
-    """What the disk holds if nothing is lost."""
+    """Return the content of the disk if nothing is lost."""
     return _state(epoch, Fate.KEEP)
 
 
 def prefix(epoch: Epoch, nr_writes: int) -> State:
-    """What it holds if the first writes survive, and no other."""
+    """Return the content of the disk if the first writes survive, and no other."""
     shorter = Epoch(epoch.nr, epoch.writes[:nr_writes], epoch.nr_lines)
     return {**_durable(epoch), **_state(shorter, Fate.KEEP)}
 
@@ -125,7 +125,7 @@ def _evenly(epochs: Sequence[Epoch], nr: int) -> Iterator[Epoch]:
 
 
 def _durable(epoch: Epoch) -> State:
-    """What no cut loses: the writes with FUA."""
+    """Return the writes that no cut loses: those with FUA."""
     return {
         sector: write.nr
         for write in epoch.writes

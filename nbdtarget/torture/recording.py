@@ -61,7 +61,7 @@ class Write(msgspec.Struct, frozen=True):
 
 
 class Epoch(msgspec.Struct, frozen=True):
-    """What a flush covers.
+    """The writes that a flush covers.
 
     Attributes:
         nr: of the flush, from 1.
@@ -94,7 +94,7 @@ class RecordingFiles:
 
 
 class Recording(msgspec.Struct, frozen=True):
-    """What was done, and what was printed.
+    """The result of a run: the recorded writes, and the output.
 
     Attributes:
         size: of the disk, in bytes.

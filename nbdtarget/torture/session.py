@@ -33,7 +33,7 @@ PASSABLE: Final = 0o711
 
 
 class TortureOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for.
+    """The options of the command.
 
     Args:
         command: the program and its arguments; it runs in the root of the file system.
@@ -79,7 +79,7 @@ class Failure(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it.
+    """The result of a session.
 
     Attributes:
         nr_tried: power cuts that were tried, the failed one among them.

@@ -26,7 +26,7 @@ OUTPUT_BYTES_MAX: Final = 4000
 
 
 class Outcome(NamedTuple):
-    """What a trial has shown.
+    """The result of a trial.
 
     Attributes:
         reason: why the check failed, in one line; "": it did not.

@@ -98,7 +98,7 @@ REPLIES_MAX: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class ClientNegotiated:
-    """What a handshake led to.
+    """The result of a handshake.
 
     Args:
         size: bytes.
@@ -223,7 +223,7 @@ class ClientHandshake:
         return output
 
     def tls_started(self) -> None:
-        """What is passed to `receive_data` from now on has come through TLS; what is queued leaves through it."""
+        """Bytes that are passed to `receive_data` from now on have come through TLS; queued bytes leave through it."""
         assert self.starts_tls
         assert not self._buffer, "plaintext would count as encrypted"
         self.starts_tls = False

@@ -355,7 +355,7 @@ class ClientTransmission:
                 pos += taken
             else:
                 raise ReplyError(f"bad reply magic {magic:#x}")
-        # What is left is less than a header: moving it to the front costs nothing.
+        # The rest is less than a header: moving it to the front costs nothing.
         rest = end - pos
         if rest:
             scratch[:rest] = scratch[pos:end]

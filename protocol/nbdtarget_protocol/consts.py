@@ -51,7 +51,7 @@ STRING_MAX: Final[int] = 4096  # bytes
 EXTENTS_MAX: Final[int] = 1 << 20  # descriptors in one BLOCK_STATUS chunk
 SIZE_MAX: Final[int] = (1 << 63) - 1  # no known peer goes above
 
-# What holds when no size constraints were advertised.
+# The size constraints where none were advertised.
 BLOCK_SIZE_MIN_DEFAULT: Final[int] = 1
 BLOCK_SIZE_PREFERRED_DEFAULT: Final[int] = 4096
 PAYLOAD_MAX_DEFAULT: Final[int] = 32 << 20

@@ -20,7 +20,7 @@ Ends. `negotiated` is set by GO and EXPORT_NAME. `closed` is set by ABORT, and t
 what is queued and closes the connection.
 
 TLS. STARTTLS is acknowledged if `tls` is not OFF; then `starts_tls` is set. The caller sends what is queued, in
-plaintext, starts TLS on the same connection, and calls `tls_started`. From then on it passes decrypted bytes. Whoever sits
+plaintext, starts TLS on the same connection, and calls `tls_started`. From then on it passes decrypted bytes. An attacker
 on the wire can send options in front of the client's own STARTTLS, and bytes behind it. So nothing that was negotiated
 before holds afterwards, and a client whose STARTTLS has bytes behind it is disconnected: it has to wait for the
 acknowledgement. With REQUIRE, STARTTLS and ABORT are the only options that are answered before; any other one, known or
@@ -144,7 +144,7 @@ CONTEXTS_MAX: Final = 16  # metadata contexts that one export may offer
 
 
 class TlsMode(Enum):
-    """What a server says to STARTTLS."""
+    """Whether a server has TLS, and so how it answers STARTTLS."""
 
     OFF = "off"  # there is no TLS
     ON = "on"  # clients may use it
@@ -153,7 +153,7 @@ class TlsMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What the handshake tells about an export.
+    """The facts about an export that the handshake sends.
 
     Args:
         name: the canonical name.
@@ -193,7 +193,7 @@ class ExportInfo:
 
 
 class Exports(Protocol):
-    """What the handshake asks of the owner of the exports. No other exceptions than those named here are raised."""
+    """The methods of the owner of the exports that the handshake calls. No other exceptions than those named here are raised."""
 
     def lookup(self, name: str) -> ExportInfo | None:
         """Return the export of that name; "" is the default export, if there is one.
@@ -209,7 +209,7 @@ class Exports(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
-    """What a handshake led to.
+    """The result of a handshake.
 
     Args:
         structured: replies are structured; they are with extended headers, too.
@@ -318,7 +318,7 @@ class ServerHandshake:
         return output
 
     def tls_started(self) -> None:
-        """What is passed to `receive_data` from now on has come through TLS. What was negotiated before is forgotten."""
+        """Bytes that are passed to `receive_data` from now on have come through TLS. Earlier options are forgotten."""
         assert self.starts_tls
         assert not self._buffer, "plaintext would count as encrypted"
         self.starts_tls = False

@@ -59,13 +59,13 @@ class SimpleReplies:
         return simple_reply(error, cookie)
 
     def data(self, cookie: int, at: int, length: int) -> bytes:
-        """What stands in front of `length` > 0 bytes of data, which are all that the READ asked for."""
+        """Return the head of a chunk with `length` > 0 bytes of data, which are all that the READ asked for."""
         return simple_reply(0, cookie)
 
     def part(
         self, cookie: int, at: int, offset: int, length: int, *, done: bool
     ) -> bytes:
-        """What stands in front of `length` > 0 bytes of data, which are some of those that the READ asked for; `done` with the last ones."""
+        """Return the head of a chunk with `length` > 0 bytes of data, some of those that the READ asked for; `done` with the last ones."""
         raise AssertionError("a simple reply has no parts")
 
     def hole(self, cookie: int, at: int, length: int) -> bytes:
@@ -81,7 +81,7 @@ class SimpleReplies:
         *,
         done: bool,
     ) -> bytes:
-        """What one context says; `done` in the last one only. They need not describe equally many bytes."""
+        """Return the chunk of one context; `done` in the last one only. They need not describe equally many bytes."""
         raise AssertionError("BLOCK_STATUS is not answered with a simple reply")
 
 

@@ -107,7 +107,7 @@ __all__ = [
 
 PAYLOAD_MAX: Final = 64 << 20  # accepted; twice what is advertised
 
-# What to do with the payload of a request.
+# The ways to treat the payload of a request.
 PAYLOAD_ACCEPT: Final = 0
 PAYLOAD_DRAIN: Final = 1  # read and drop it, then answer EINVAL
 PAYLOAD_DISCONNECT: Final = 2

@@ -118,7 +118,7 @@ def _make(folder: Path) -> None:
 
 
 def _archive(cache: Path) -> Path:
-    """What mmdebstrap makes. It takes most of the time, so it is kept for the next image."""
+    """Return the tree that mmdebstrap makes. That takes most of the time, so the tree is kept for the next image."""
     digest = hashlib.sha256(repr((RELEASE, PACKAGES)).encode()).hexdigest()[:16]
     base = cache / f"{RELEASE}-{digest}.tar"
     _install_tools()

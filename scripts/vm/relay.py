@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU's user network starts for each connection of a guest to the host: it copies between that and a socket of the host.
+"""QEMU's user network starts this program for each connection of a guest to the host. It copies between that and a socket of the host.
 
     python -I relay.py SOCKET       a unix socket, or HOST:PORT; standard input is the connection
 

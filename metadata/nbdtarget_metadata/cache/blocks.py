@@ -98,7 +98,7 @@ class Mapping(NamedTuple):
 
 
 class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
-    """What a cache's metadata says of its blocks, and each change to that.
+    """The state of a cache's blocks in its metadata, and each change to it.
 
     `CacheMetadata` adds how it is made, opened and committed.
 
@@ -314,7 +314,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self.dirty_log = dirty_log
         if not dirty_log:
             return
-        # What is dirty already must be LOGGED by the commit that switches the dirty log on.
+        # Blocks that are dirty already must be LOGGED by the commit that switches the dirty log on.
         missing = self.dirty & ~self._logged
         for nr, cblock in enumerate(missing.search(1)):
             self._log(cblock)
@@ -343,7 +343,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         if self._hints is not None:
             self._hints[cblock] = 0  # it was another block's
         self.nr_mapped += 1
-        # What was copied may not be durable in the origin: a crash would leave a clean block
+        # The copied data may not be durable in the origin: a crash would leave a clean block
         # that differs from it.
         self._flushes |= FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN
         if dirty:
@@ -511,11 +511,11 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         assert self._transaction is None
         for cblock in range(self.nr_cblocks):
             if self._values[cblock] and not self.dirty[cblock]:
-                # What made us drop it is on disk, too: the next start drops it again.
+                # The reason for dropping it is on disk, too: the next start drops it again.
                 self._remove(cblock, is_kept=False)
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
-        # What was discarded then may have been written since, when the origin was changed.
+        # Blocks that were discarded then may have been written since, when the origin was changed.
         self._discarded = None
         self.gives_up_mappings = False
         self.is_distrusted = False
@@ -570,7 +570,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._logged[cblock] = 0
         self._admitted[cblock] = 0
         self._cleaned[cblock] = 0
-        # What was written back to the origin must be durable before the mapping is gone.
+        # Data that was written back to the origin must be durable before the mapping is gone.
         self._flushes |= FLUSH_ORIGIN
         assert self.nr_mapped >= self.nr_dirty
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache's metadata says, apart from how it is laid out: what a dump shows, a restore writes."""
+"""The content of a cache's metadata, without its layout: a dump shows it, and a restore writes it."""
 
 from typing import NamedTuple
 

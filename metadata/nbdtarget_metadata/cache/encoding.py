@@ -29,14 +29,14 @@ from nbdtarget_metadata.operations import Operation, Steps
 
 __all__ = ["FLUSH_CACHE", "FLUSH_ORIGIN", "CacheEncoding", "CacheTaken"]
 
-# What must be flushed before the superblock is written.
+# The disks to flush before the superblock is written.
 FLUSH_CACHE: Final = 1  # mappings were inserted, or blocks recorded clean
 FLUSH_ORIGIN: Final = 2  # removed, inserted clean, or recorded clean
 
 
 @dataclass(slots=True)
 class CacheTaken(Taken[bitarray]):
-    """What one commit of a cache makes durable. Its `changes` are a bitmap of cache blocks.
+    """The changes that one commit of a cache makes durable. Its `changes` are a bitmap of cache blocks.
 
     Attributes:
         logged: those of `changes` that become LOGGED.

@@ -181,7 +181,7 @@ def _index_values(
 
 
 class Sync:
-    """What a clean shutdown recorded.
+    """The record of a clean shutdown.
 
     Attributes: those of `Loaded`, once `read` has returned.
     """

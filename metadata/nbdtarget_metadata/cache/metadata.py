@@ -315,7 +315,7 @@ class CacheMetadata(CacheBlocks):
 
     @property
     def discarded(self) -> Discarded | None:
-        """What the last full sync recorded; None once `start` is committed: it may be out of date."""
+        """Return the record of the last full sync; None once `start` is committed: it may be out of date."""
         return self._discarded if self.is_recorded_clean else None
 
     @property
@@ -524,7 +524,7 @@ class CacheMetadata(CacheBlocks):
             "read_misses": statistics.read_misses,
             "write_hits": statistics.write_hits,
             "write_misses": statistics.write_misses,
-            # What a clean shutdown has recorded does not hold any more. A new one is written,
+            # The record of a clean shutdown does not hold any more. A new one is written,
             # and vouched for, when the changes have been.
             **shutdown_fields(NOTHING_RECORDED, nr_dirty=0),
             "sync_blocks": 0,

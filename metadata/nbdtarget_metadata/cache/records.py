@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache writes into its arenas and its sync area: mappings; dirty bits, hints, discards.
+"""The records that a cache writes into its arenas and its sync area: mappings; dirty bits, hints, discards.
 
 Theory of operation
 ===================
@@ -103,7 +103,7 @@ else:
 class SetEntries(
     msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only=True, tag="entries"
 ):
-    """What some cache blocks are now: `entries` is packed pairs."""
+    """The new state of some cache blocks: `entries` is packed pairs."""
 
     generation: int
     previous: bytes
@@ -113,7 +113,7 @@ class SetEntries(
 class SetValues(
     msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only=True, tag="values"
 ):
-    """What the cache blocks from `begin` on are now."""
+    """The new state of the cache blocks from `begin` on."""
 
     generation: int
     previous: bytes

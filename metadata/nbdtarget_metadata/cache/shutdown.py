@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clean shutdown of a cache records beside the mappings, and how: into a sync area.
+"""The record of a clean shutdown of a cache, beside the mappings, in a sync area.
 
 Two superblocks that may both be opened after a crash never vouch for the same sync area, so the
 records of the one are not overwritten while the other is being written (`other_area`).
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Shutdown(NamedTuple):
-    """What a clean shutdown records besides the dirty bits."""
+    """The facts that a clean shutdown records besides the dirty bits."""
 
     policy: PolicyIdentity = NO_POLICY
     hints: Words | None = None

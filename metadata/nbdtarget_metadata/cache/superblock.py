@@ -157,7 +157,7 @@ def journal_blocks_preferred(nr_cblocks_max: int) -> int:
 
 
 class Layout(NamedTuple):
-    """What formatting chooses."""
+    """The parameters that are chosen when metadata is formatted."""
 
     arena_blocks: int
     nr_cblocks_max: int

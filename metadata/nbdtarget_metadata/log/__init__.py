@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kind of metadata stands on: envelopes, superblocks, chains of records, commits."""
+"""The base of every kind of metadata: envelopes, superblocks, chains of records, commits."""

@@ -55,7 +55,7 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
 class Linked(Protocol):
-    """What the records of all kinds have."""
+    """The fields that the records of all kinds have."""
 
     @property
     def generation(self) -> int: ...

@@ -63,7 +63,7 @@ __all__ = [
     "nothing_more",
 ]
 
-# What a commit that switches arenas may have to journal besides its own changes: for example
+# The records that a commit may have to journal besides its own changes when it switches arenas: for example
 # 4096 runs of regions, which are 32 KiB.
 CATCH_UP_MAX: Final = 4096
 # Then it takes what is left all the same: commits outrun the compaction.
@@ -109,7 +109,7 @@ class Encoding(Protocol[C]):
 
 @dataclass(slots=True)
 class Taken(Generic[C]):
-    """What one commit makes durable. A kind may add to it what it wants to know afterwards.
+    """The changes that one commit makes durable. A kind may add to them what it wants to know afterwards.
 
     It is not changed once it is made. (It is not frozen: to make a frozen one takes a microsecond more.)
 
@@ -173,7 +173,7 @@ class Compaction(Generic[C]):
     def snapshot(self, generation: int) -> Steps[None]:
         """Write the snapshot, each chunk as it is when its turn comes."""
         yield from self._encoding.snapshot(self.chain, generation)
-        # What is written from here on is the journal behind the snapshot.
+        # The records from here on are the journal behind the snapshot.
         self.snapshot_blocks = self.chain.block - self.begin
         self.snapshot_digest = self.chain.digest
 
@@ -522,7 +522,7 @@ class Transaction(Generic[S, T]):
             has_written = True
             yield operation
             metadata.check_current(self)
-        # What the superblock vouches for must be durable before it is written. Nothing was
+        # All that the superblock refers to must be durable before it is written. Nothing was
         # written if this commit only heals superblock copies.
         if has_written or self.moves:
             yield Flush()

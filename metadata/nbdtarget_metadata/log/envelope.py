@@ -39,7 +39,7 @@ BLOCK_SIZE: Final = 4096
 FORMAT_VERSION: Final = 1
 DIGEST_SIZE: Final = 16
 
-# What decoding may raise for a body that is intact but that this program has not written: for
+# The errors that decoding may raise for a body that is intact but that this program has not written: for
 # example wrong types, text that is not UTF-8, or arrays that are nested too deeply.
 UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else may stand where a superblock should: named in errors, so that people see what they have.
+"""Recognises other formats where a superblock should stand, so that errors can name them.
 
 The metadata of the kernel's own targets is known by a magic number, a little-endian u64 at byte 32.
 """

@@ -35,8 +35,8 @@ NR_ARENAS: Final = 2
 # The room that a journal has in the worst place, behind two snapshots.
 JOURNAL_BLOCKS_MIN: Final = 16
 JOURNAL_BLOCKS_PREFERRED: Final = 256
-# What is looked at before a device counts as all zero, besides the arenas' heads: the first
-# and last bytes, where partition tables, RAID members, LVM, ZFS and file systems show (btrfs
+# These bytes must be zero before a device counts as blank, besides the arenas' heads: the first
+# and last ones, where partition tables, RAID members, LVM, ZFS and file systems show (btrfs
 # keeps its superblock at 64 KiB).
 FOREIGN_PROBE_SIZE: Final = 256 * 1024
 

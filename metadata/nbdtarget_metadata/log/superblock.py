@@ -141,7 +141,7 @@ _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 
 class Superblock(msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only=True):
-    """What every kind of metadata vouches for. The order here is the format.
+    """The superblock fields of every kind of metadata. The order here is the format.
 
     FORMAT.md describes each field; each kind has its own behind these.
     """
@@ -215,7 +215,7 @@ class SuperblockType(Generic[S]):
 
 
 class Found(NamedTuple, Generic[S]):
-    """What `choose_superblock` found: the newest superblock, and what is not as it should be.
+    """The result of `choose_superblock`: the newest superblock, and the faults that were found.
 
     `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots have no valid
     copy; there are none unless the caller admits one.
@@ -421,7 +421,7 @@ def _write(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
 
 @lru_cache(maxsize=16)
 def _reference(record: bytes) -> bytes:
-    """What the sector says of the record behind it: length and digest."""
+    """Return the reference of a sector to the record behind it: length and digest."""
     if not record:
         return b""
     digest = hashlib.blake2b(record, digest_size=DIGEST_SIZE).digest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `examine` and `mend` (check.py) must know of a cache's metadata.
+"""The things that `examine` and `mend` (check.py) must know of a cache's metadata.
 
 `mend` leaves CLEAN_SHUTDOWN as it is.
 

@@ -157,7 +157,7 @@ def _read_sync(superblock: CacheSuperblock, device_size: int) -> Steps[Sync]:
 
 
 class _Arena:
-    """What the live arena says, record by record.
+    """The content of the live arena, record by record.
 
     Attributes:
         values: the last that is believed; `known` as in the module head.
@@ -265,7 +265,7 @@ class _Arena:
 
 
 def _empty(superblock: CacheSuperblock) -> CacheContent:
-    """What a start would make of it anyway: the origin has everything."""
+    """Return the content that a start would make of it anyway: the origin has everything."""
     return cache_content_of(
         msgspec.structs.replace(superblock, flags=superblock.flags & ~NEEDS_CHECK),
         values=array("Q", bytes(8 * superblock.nr_cblocks)),
@@ -295,7 +295,7 @@ def _content(
         for cblock in (doubtful & ~sync.dirty).search(1):
             values[cblock] = 0
         doubtful &= sync.dirty
-    # What a lost commit may have LOGGED may be dirty.
+    # Blocks that a lost commit may have LOGGED may be dirty.
     unlogged = flagged(values, VALID) if is_slot_lost else doubtful
     found = _dirty_after(superblock, values, unlogged, sync)
     is_whole = sync is not None and not found.nr_lost and not doubtful.any()

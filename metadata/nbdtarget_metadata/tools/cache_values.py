@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What records of a cache's arena say, believed or not, and which mappings cannot be. For offline tools.
+"""The values in the records of a cache's arena, believed or not, and the mappings that cannot be. For offline tools.
 
 `load` (cache/load.py) refuses the whole for the first thing that is wrong. Here one goes on.
 """

@@ -49,7 +49,7 @@ from nbdtarget_metadata.units import BLOCK_SIZE_MIN, SECTOR, block_size_fault
 
 __all__ = ["parse_xml", "render_xml"]
 
-# What the kernel's tools restore a policy's hints as.
+# The kernel's tools restore a policy's hints with this version.
 POLICY_VERSION: Final = (2, 0, 0)
 _NUMBER_DIGITS_MAX: Final = 20
 

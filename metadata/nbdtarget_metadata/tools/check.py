@@ -71,7 +71,7 @@ class CopyState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
-    """What `examine` found; the module head defines the words.
+    """The result of `examine`; the module head defines the words.
 
     Attributes:
         superblock: the newest; None if damage leaves none to believe.
@@ -93,7 +93,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KindChecks(NamedTuple, Generic[S]):
-    """What `examine` must know of a kind of metadata.
+    """The things that `examine` must know of a kind of metadata.
 
     Attributes:
         check_size: raises MetadataTooSmall if the device has shrunk.
@@ -225,7 +225,7 @@ class _Unvouched:
 def _unvouched_ranges(
     checks: KindChecks[S], superblock: S, device_size: int
 ) -> list[tuple[int, int]]:
-    """What is laid out less the live ranges, within the device."""
+    """Return the laid-out ranges without the live ones, within the device."""
     end = min(checks.end(superblock), device_size // BLOCK_SIZE)
     ranges = []
     begin = SUPERBLOCK_BLOCKS

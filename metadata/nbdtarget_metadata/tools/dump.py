@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the dumps of all kinds have in common: the fields at their head, and how a list is written.
+"""Shared by the dumps of all kinds: the fields at their head, and how a list is written.
 
 The fields stand always in this order, and equal metadata gives equal text, so that a `diff` of two
 dumps shows what changed. `flags` are names, or "bit N" for one that this version does not know.

@@ -34,7 +34,7 @@ _END_OF_ROWS: Final = re.compile(rb"\][ \t\r\n]*\]")
 
 _ANY: Final = msgspec.json.Decoder()
 
-# What every kind has.
+# The fields that every kind has.
 _NAMES: Final = ("format", "version", "kind", "uuid", "flags")
 
 

@@ -31,7 +31,7 @@ __all__ = ["BLOCK_SIZE", "read_array", "read_bitset", "read_block"]
 
 BLOCK_SIZE: Final = 4096
 
-# What the checksum of each type of block is XORed with.
+# The checksum of each type of block is XORed with one of these numbers.
 _NODE_XOR: Final = 121107
 _ARRAY_XOR: Final = 595846735
 

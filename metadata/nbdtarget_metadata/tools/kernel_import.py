@@ -77,7 +77,7 @@ _OBLOCK_SHIFT: Final = 16
 
 
 class Imported(NamedTuple):
-    """What was read.
+    """The metadata that was read.
 
     Args:
         content: what `metadata restore` writes.
@@ -145,7 +145,7 @@ def import_clone(device_size: int, *, uuid: bytes) -> Steps[Imported]:
 
 
 class _CacheSuperblock(NamedTuple):
-    """What of a cache's superblock matters here. Sizes are in bytes."""
+    """The fields of a cache's superblock that are used here. Sizes are in bytes."""
 
     flags: int
     version: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the restoring of all kinds has in common.
+"""Shared by the restoring of all kinds.
 
 The order makes a half-written result impossible to mistake for a whole one:
 

@@ -22,7 +22,7 @@ C = TypeVar("C")
 
 
 class Salvaged(NamedTuple, Generic[C]):
-    """What could be read.
+    """The part that could be read.
 
     Attributes:
         content: `nr_lost` says how many hydrated regions (mapped cache blocks) are missing; its
@@ -58,7 +58,7 @@ def backward(links: Iterable[Link], superblock: Superblock) -> set[int]:
 def forward(links: list[Link], believed: set[int], superblock: Superblock) -> set[int]:
     """Return the blocks of the records that follow on the beginning or on believed ones."""
     by_block = {link.block: link for link in links}
-    # What a record at this block may name as its predecessor.
+    # A record at this block may name one of these as its predecessor.
     expected = {
         superblock.journal_block: superblock.snapshot_digest,
         superblock.snapshot_block: superblock.uuid,

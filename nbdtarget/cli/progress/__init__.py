@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long-running command prints about its progress."""
+"""The progress that long-running commands print."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `cache` prints: how to attach, and how the cache is doing."""
+"""The output of `cache`: how to attach, and how the cache is doing."""
 
 from contextlib import AbstractContextManager
 from typing import Final

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `clone` prints: how to attach, and how far hydration is."""
+"""The output of `clone`: how to attach, and how far hydration is."""
 
 from contextlib import AbstractContextManager
 

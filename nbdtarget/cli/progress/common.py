@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all long-running commands print alike.
+"""The output that all long-running commands have in common.
 
 What scripts read or people paste goes to stdout, progress and complaints to stderr. While a command works, a
 `Display` shows how far it is: on a terminal something that is drawn over again, elsewhere a plain line now and then.
@@ -35,7 +35,7 @@ __all__ = [
 
 LINE_PERIOD_S: Final = 10.0
 
-# What rich calls a dumb terminal: it cannot draw over what it has drawn.
+# These are dumb terminals, as rich calls them: they cannot draw over what they have drawn.
 _DUMB_TERMINALS: Final = ("dumb", "unknown")
 
 _stdout: Final = Outlet(process_stdout, lambda nr: f'{{"event":"lost","lines":{nr}}}')

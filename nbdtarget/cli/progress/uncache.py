@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `uncache` prints: how much must still be written back, and what is left in the end."""
+"""The output of `uncache`: how much must still be written back, and what is left in the end."""
 
 from contextlib import AbstractContextManager
 from typing import Final

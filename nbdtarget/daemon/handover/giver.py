@@ -50,7 +50,7 @@ M = TypeVar("M", bound=Message)
 
 
 class Giving(Protocol):
-    """What is handed over; `Daemon` has it."""
+    """The parts of `Daemon` that are handed over."""
 
     async def freeze(self, within_s: float) -> list[str]:
         """Hold back all that is new. Returns what has not ended in time, by name."""

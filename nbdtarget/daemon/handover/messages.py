@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two processes of a hand-over tell each other.
+"""The messages between the two processes of a hand-over.
 
     old process                            new process
     Hello: which format it speaks   ->

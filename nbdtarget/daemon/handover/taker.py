@@ -25,7 +25,7 @@ _FOR_EVER: Final = None
 
 
 class Offer:
-    """What another process wants to hand over."""
+    """The things that another process wants to hand over."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bulk copies do with a file: `FileStream` reads and `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
+"""Files in bulk copies: `FileStream` reads and `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
 
 *Streams.* A file that is only read may be read by compiled threads: they need no lock of the interpreter, and give way to those who serve clients. Python's
 threads are no help there: then it is read by bios. So is a block device, because a copy by bios looks for zeroes. The device counts the streams that it has lent, and is not closed before they are back.

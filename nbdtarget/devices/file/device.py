@@ -363,7 +363,7 @@ class FileDevice(Device):
         return found
 
     def _submit_slow(self, bio: Bio) -> None:
-        """What does not go inline. Latched devices still read and write."""
+        """Carry out a bio that cannot be carried out inline. Latched devices still read and write."""
         status = self.check_bounds(bio)
         op = bio.op
         # A latched device promises nothing any more, but clients may still read, and save what they can.
@@ -470,7 +470,7 @@ class FileDevice(Device):
                     self._write_later(bio, put)
                 return
             if status:
-                # Whoever asked for that WRITE does not ask again; its error must not be forgotten.
+                # The client that asked for that WRITE does not ask again; its error must not be forgotten.
                 self._syncs.note_write_error("write", status)
         if (
             self._watch_left

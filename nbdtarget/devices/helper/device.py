@@ -163,7 +163,7 @@ class HelperDevice(NbdDevice):
 
 
 class _Source:
-    """What an open image consists of.
+    """The parts of an open image.
 
     Attributes:
         state: of the image, when it was opened.

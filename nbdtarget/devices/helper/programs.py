@@ -6,7 +6,7 @@ from typing import Final
 
 __all__ = ["missing"]
 
-# What to install, on Debian and its kin, and on Fedora and its kin.
+# The packages to install, on Debian and its kin, and on Fedora and its kin.
 _PACKAGES: Final = {
     "qemu-nbd": ("qemu-utils", "qemu-img"),
     "qemu-img": ("qemu-utils", "qemu-img"),

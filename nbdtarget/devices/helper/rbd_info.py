@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class RbdState(NamedTuple):
-    """What tells an image from others.
+    """The facts that tell an image from others.
 
     Attributes:
         image_id, snapshot_id: of Ceph; without a snapshot, `snapshot_id` is empty.

@@ -193,7 +193,7 @@ class HelperName:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """What tells the disk from others, as "key=value", for metadata."""
+        """Return the facts that tell the disk from others, as "key=value", for metadata."""
         raise NotImplementedError  # each kind of helper says it
 
     @property
@@ -615,7 +615,7 @@ def _quoted(path: str) -> str:
 
 
 def _protocol(what: str) -> str | None:
-    """What stands before the first colon, if that is not part of a path."""
+    """Return the word before the first colon, if that is not part of a path."""
     match = _PROTOCOL.match(what)
     return match[1].lower() if match else None
 

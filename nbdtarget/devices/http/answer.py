@@ -48,7 +48,7 @@ _NO_RANGES: Final = (
 
 
 class Body(NamedTuple):
-    """What follows the head: `length` bytes of the image that `pin` describes."""
+    """The body of an answer: `length` bytes of the image that `pin` describes."""
 
     pin: Pin
     length: int

@@ -238,7 +238,7 @@ def _headers(begin: int, end: int, pin: Pin | None) -> dict[str, str]:
         headers["If-Match"] = pin.etag
     elif pin is not None and pin.last_modified:
         headers["If-Unmodified-Since"] = pin.last_modified
-    # What had to be escaped cannot be sent as it was. It is compared all the same.
+    # An ETag that had to be escaped cannot be sent as it was. It is compared all the same.
     return {key: value for key, value in headers.items() if ESCAPE not in value}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an HTTP URL says as the name of a device: where to ask, with which secret, and the options behind the `#`."""
+"""Parses an HTTP URL that is the name of a device: where to ask, with which secret, and the options behind the `#`."""
 
 from base64 import b64encode
 from collections.abc import Hashable

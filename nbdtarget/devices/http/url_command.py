@@ -72,7 +72,7 @@ async def run_url_command(command: Sequence[str], url: HttpUrl) -> HttpUrl:
     """Run the command and return the URL that it prints; the options of `url` stay. Raises: SourceAway."""
     output = await command_output(command, URL_MAX + 2)
     text = output.decode("ascii", "replace").strip()
-    # What it printed may hold a secret, so it is not shown.
+    # The output may hold a secret, so it is not shown.
     wrong = f"what the command {command[0]} printed is not one URL"
     if not _HTTP.match(text):
         raise SourceAway(wrong)

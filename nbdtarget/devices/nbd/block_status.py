@@ -70,7 +70,7 @@ class BlockStatus:
         runs = await self._ask(offset, length)
         if runs is None:
             return None
-        # What is cut off was sent for nothing: where blocks are small, ask for less.
+        # Extents that are cut off were sent for nothing: where blocks are small, ask for less.
         if len(runs) >= EXTENTS_MAX:
             self._range = max(length // 16, STATUS_RANGE_MIN)
         else:

@@ -187,7 +187,7 @@ class NbdDevice(Device):
         self._nr_written = 0
         self._nr_flushing = 0
         self._nr_flushed = 0
-        # What `health` says, for `submit`: set where that is set.
+        # A copy of `health` for `submit`: set where that is set.
         self._is_latched = self._is_lost = False
         self._held = HeldReads()
         self._held.is_on = self.holds_reads

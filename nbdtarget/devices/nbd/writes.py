@@ -62,7 +62,7 @@ class Writes:
         self._send(bio, offset, length)
 
     def ended(self) -> None:
-        """What `send` has sent has been answered."""
+        """The write that `send` has sent has been answered."""
         self._nr_sent -= 1
         if self._nr_sent == 0:
             self._none_is_sent.set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the URL of an object says: `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `az://CONTAINER/PATH`, and options behind a `#`.
+"""Parses the URL of an object: `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `az://CONTAINER/PATH`, and options behind a `#`.
 
 Besides the options of all remote images (`nbdtarget.devices.ranged.options`):
 

@@ -168,7 +168,7 @@ class PackedDevice(Device):
         for waiting in (self._ahead, self._waiting):
             bios = waiting.copy()
             waiting.clear()
-            # What ends may submit more, which is appended.
+            # A bio that ends may submit more, which are appended.
             left = [bio for bio in bios if not self._serve(bio)]
             waiting[:0] = left
 

@@ -226,7 +226,7 @@ class _Read:
             bio.own()
         payload = bio.payload
         assert payload is not None
-        # What rounds the image up to whole sectors reads as zeroes.
+        # The bytes that round the image up to whole sectors read as zeroes.
         payload[end - begin :] = bytes(bio.length - (end - begin))
         for cell in cells:
             self._wait(cell)

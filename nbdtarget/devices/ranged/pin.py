@@ -54,7 +54,7 @@ class Pin(NamedTuple):
         return Pin(self.size)
 
     def _compared(self) -> dict[str, str]:
-        """What has to be equal, by name."""
+        """Return the facts that have to be equal, by name."""
         told = {"version": self.version, "etag": self.etag}
         if not self.is_strong:
             told["last-modified"] = self.last_modified

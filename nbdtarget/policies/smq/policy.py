@@ -155,7 +155,7 @@ class Smq(Policy):
         self._dirty = AgedQueue(self._links)
         self._allocator = Allocator(self._links)
         self._flags = bytearray(nr_cblocks)
-        # What happened in this cache period.
+        # Counters of this cache period.
         self._is_hit = bytearray(nr_cblocks)
         self._nr_hit = 0
         self._nr_noted_before = 0

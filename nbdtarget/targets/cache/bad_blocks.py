@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of blocks whose copy in the cache the cache device cannot read or write any more.
+"""Gives up blocks whose copy in the cache the cache device cannot read or write any more.
 
 Theory of operation. The origin has everything that a clean block holds. So when the cache device fails, clients need
 not notice:

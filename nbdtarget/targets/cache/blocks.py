@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of one cache share: devices, geometry, what is where, and which blocks are held.
+"""The state that the parts of one cache share: devices, geometry, the mappings, and the blocks that are held.
 
 Offsets here are relative to the target, which is also where the bytes lie on the origin. A cache
 block of number `cblock` lies at `cblock * block_size` on the cache device. Block sizes are

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Parts:
-    """What a cache target is made of.
+    """The parts of a cache target.
 
     Attributes:
         words: the table line's.

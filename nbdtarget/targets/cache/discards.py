@@ -69,5 +69,5 @@ class DiscardBits:
         self.nr_discarded = self.bits.count()
 
     def as_recorded(self) -> Discarded:
-        """What a clean shutdown records. Later changes here do not change it."""
+        """Return the copy that a clean shutdown records. Later changes here do not change it."""
         return Discarded(self.dblock_size, self.bits.copy())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache says about its ranges: where zeroes are, and what is cached.
+"""The block status of a cache: where zeroes are, and what is cached.
 
 *Extents* (on the wire `base:allocation`). A range that is not cached is described by the origin. A cached block is
 reported as data. The origin is not asked about it, not even if it is clean, because a DISCARD that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has failed below a cache so far: counted, and logged now and then."""
+"""Counts the failures of the disks below a cache, and logs them now and then."""
 
 import logging
 

@@ -75,7 +75,7 @@ _PIECE: Final = "piece"  # Bio.private of what was cut here: it is not given bac
 
 
 class Foreground:
-    """What clients' bios meet, unless they are plain hits. Offsets are relative to the target.
+    """Carries out clients' bios that are not plain hits. Offsets are relative to the target.
 
     Args:
         writes: takes the writes to cached blocks.

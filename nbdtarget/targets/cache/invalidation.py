@@ -70,7 +70,7 @@ async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
         for cblock in clean if is_committed else ():
             blocks.policy.invalidate(cblock)
         for granted in locking.values():
-            # What is not granted yet, because we were cancelled, is unlocked when it is.
+            # A lock that is not granted yet, because this was cancelled, is released when it is granted.
             if not granted.cancel() and not granted.cancelled():
                 blocks.unlock(granted.result())
     if not is_committed:

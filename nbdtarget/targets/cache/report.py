@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache says of itself: the kernel's status line, and the same and more by name.
+"""The status of a cache: the kernel's status line, and the same and more by name.
 
 The line is the kernel's to the blank, the last one included, while nothing is set that the kernel
 does not know. What is, stands where the constructor takes it: a feature among the features, a
@@ -111,7 +111,7 @@ def status_fields(blocks: Blocks, *, discard_passdown: bool) -> StatusFields:
 def measured_pairs(
     blocks: Blocks, devices: Iterable[Device], *, discard_passdown: bool
 ) -> list[tuple[str, str]]:
-    """What `measure` tells, as the kernel names it.
+    """Return the pairs that `measure` prints, with the kernel's names.
 
     Args: devices: metadata, cache, origin.
     """

@@ -118,7 +118,7 @@ _BAD_CONFIG: Final = "Error setting cache policy's config values"
 
 @dataclass(slots=True)
 class Options:
-    """What follows the block size.
+    """The words of a table line behind the block size.
 
     Attributes:
         mode: one of the three.

@@ -349,7 +349,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         return samples
 
     def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
-        """What was copied may be lost: a block that is clean in core may be dirty.
+        """Return whether the cache must stop because copied data may be lost: a block that is clean in core may be dirty.
 
         A block that is mapped in core alone may hold anything by now, so it must not even be read.
         """

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Parts:
-    """What a clone target is made of."""
+    """The parts of a clone target."""
 
     words: tuple[str, ...]
     options: Options
@@ -117,7 +117,7 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
 
 async def _maybe_superblock(metadata_device: Device | None) -> CloneSuperblock | None:
-    """What is committed, as far as that can be told; `_open_metadata` says what is wrong."""
+    """Return the committed state, as far as it can be read; `_open_metadata` says what is wrong."""
     if metadata_device is None:
         return None
     reading = read_superblock(CLONE, metadata_device.size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone says about its ranges: where zeroes are, and where hydration stands.
+"""The block status of a clone: where zeroes are, and where hydration stands.
 
 *Extents* (on the wire `base:allocation`). Hydrated regions are described by the destination. For
 the others, the source says whether they read as zeroes, and the destination says whether a write may find no
@@ -137,7 +137,7 @@ class _Cursor:
 
 
 def _combined(runs: list[Run], source: _Cursor, destination: _Cursor) -> list[Extent]:
-    """What the runs are, as far as both descriptions go."""
+    """Return the runs, as far as both descriptions go."""
     extents: list[Extent] = []
     for left, hydrated in runs:
         while left:

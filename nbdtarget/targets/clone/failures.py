@@ -51,7 +51,7 @@ class Failures:
         return len(self._ranges)
 
     def ranges(self) -> Iterator[FailedRange]:
-        """What waits, in order; some of it may have been hydrated by clients meanwhile."""
+        """Return the regions that wait, in order; clients may have hydrated some of them meanwhile."""
         return iter(self._ranges)
 
     def note_failure(self, begin: int, end: int, now_ns: int) -> bool:

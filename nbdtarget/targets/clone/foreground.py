@@ -57,7 +57,7 @@ Gap = tuple[int, int]  # bytes, half-open
 
 
 class Foreground:
-    """What clients' own I/O hydrates."""
+    """Carries out clients' I/O, and hydrates the regions that it needs."""
 
     def __init__(
         self, regions: Regions, *, deferred_bios_max: int = DEFERRED_BIOS_MAX
@@ -270,7 +270,7 @@ class RegionWrite:
         self.foreground.lock(self.first, self.last, self.bio, self._granted)
 
     def gaps(self) -> list[Gap]:
-        """What must come from the source, as things stand."""
+        """Return the parts of the range that must come from the source now."""
         regions = self.regions
         hydrated = regions.metadata.all_hydrated
         gaps = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of one clone share: devices, geometry, which regions are hydrated, and which are locked
+"""The state that the parts of one clone share: devices, geometry, which regions are hydrated, and which are locked
 for work.
 
 Offsets here are relative to the target, which is also where the bytes lie on the source and

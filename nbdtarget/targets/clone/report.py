@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone says of itself: the kernel's status line, and the same and more by name.
+"""The status of a clone: the kernel's status line, and the same and more by name.
 
 The line is the kernel's to the blank while nothing is set that the kernel does not know. What
 is, stands where the constructor takes it: a feature among the features, a number among the core
@@ -103,7 +103,7 @@ def status_fields(
 
 
 def _traffic(source: Device) -> StatusFields:
-    """What a remote source has cost; null for another one."""
+    """Return the requests and the time that a remote source has cost; null for another one."""
     traffic = source.traffic
     return {
         "source_requests": None if traffic is None else traffic.requests,
@@ -124,7 +124,7 @@ def _failed(
     nr_failed = 0
     retry_ns: int | None = None
     for failed in hydrator.failures.ranges():
-        # What a client has overwritten meanwhile waits for nothing.
+        # A region that a client has overwritten meanwhile waits for nothing.
         if nr_waiting := bits.count(0, failed.begin, failed.end):
             nr_failed += nr_waiting
             retry_ns = min(retry_ns or failed.retry_ns, failed.retry_ns)

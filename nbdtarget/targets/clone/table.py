@@ -107,7 +107,7 @@ OUR_KEYS: Final = ("hydration_rate", "event_after_errors")
 
 @dataclass(slots=True)
 class Options:
-    """What follows the region size."""
+    """The words of a table line behind the region size."""
 
     hydration: bool = True
     discard_passdown: bool = True

@@ -227,7 +227,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         )
 
     def _open_route(self) -> None:
-        """What the compiled fast path may do is what `map` does without another question."""
+        """Let the compiled fast path do what `map` does without further checks."""
         self._is_plain = self._is_hydrated and self._trace is None
         if self._route is not None:
             self._route.can_read = not self._has_failed and self._trace is None
@@ -236,7 +236,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             # A hydrated clone has nothing that gives way to clients.
             is_told = not self._is_hydrated
             self._route.was_served = self._was_served if is_told else None
-            # What clients read of the source is to be noted with `hydrate_on_read`.
+            # With `hydrate_on_read`, reads of the source by clients must be noted.
             self._route.can_read_other = not self._hydration.hydrate_on_read
             if self._trace is not None:
                 self._route.can_read_other = False

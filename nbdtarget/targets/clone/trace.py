@@ -19,7 +19,7 @@ GAP_BYTES_MAX: Final = 128 << 10
 
 
 class Trace:
-    """What clients have read of a disk of `length` bytes.
+    """The ranges that clients have read of a disk of `length` bytes.
 
     Attributes:
         ranges: begin and end in bytes, half-open, in the order of first reading.

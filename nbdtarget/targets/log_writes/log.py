@@ -148,7 +148,7 @@ class Log:
         self.unflushed_bytes += block.cost
 
     def take_unflushed(self) -> list[Block]:
-        """What a FLUSH submitted now covers."""
+        """Take the writes that a FLUSH submitted now covers."""
         taken, self.unflushed = self.unflushed, []
         self.unflushed_bytes = 0
         return taken

@@ -242,7 +242,7 @@ class LogWritesTarget(Target):
     async def _flush_until_there_is_room(self) -> None:
         log = self._log
         try:
-            # What ends while a flush is under way may be too much again.
+            # Writes that end while a flush is under way may be too many again.
             while log.unflushed and (log.is_full or log.is_flush_due):
                 taken = log.take_unflushed()
                 try:

@@ -130,7 +130,7 @@ class PowercutTarget(Target):
             raise _error("Invalid device sector")
         sectors_max, tear_size = parse_features(args[2:])
         async with Runs(ctx, cls.type_name) as runs:
-            # What is not flushed is here only: nothing else may read the device, or write to it.
+            # Data that is not flushed is here only: nothing else may read the device, or write to it.
             run = await runs.open(args[0], start_sectors, ctx.length, shared=False)
             return cls(ctx, run, sectors_max, tear_size)
 

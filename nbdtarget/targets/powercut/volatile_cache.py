@@ -62,7 +62,7 @@ _ZEROES: Final = bytes(SECTOR)
 
 
 class Fate(enum.Enum):
-    """What becomes of the pending writes at a power cut."""
+    """The ways in which a power cut treats pending writes."""
 
     KEEP = "keep"  # all reach the medium
     DROP = "drop"  # none does
@@ -107,7 +107,7 @@ class VolatileCache:
 
     @property
     def mark(self) -> int:
-        """What a FLUSH submitted now covers: pass it to `covered` and `forget`."""
+        """Return a mark for the writes that a FLUSH submitted now covers: pass it to `covered` and `forget`."""
         return self._seq
 
     def write(self, sectors: Sectors) -> PendingWrite:
@@ -147,7 +147,7 @@ class VolatileCache:
         return sectors
 
     def forget(self, mark: int) -> None:
-        """What `covered(mark)` returned is durable on the medium."""
+        """Forget the writes that `covered(mark)` returned: they are durable on the medium."""
         nr = 0
         for write in self.pending:
             if write.seq > mark:

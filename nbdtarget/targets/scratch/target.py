@@ -153,7 +153,7 @@ class ScratchTarget(Target):
 
     async def preresume(self) -> None:
         if self._is_new and self._store.can_discard:
-            # What another table of this device has left there.
+            # Discard the data that another table of this device has left there.
             try:
                 await self._store.discard(0, self.length)
             except DeviceError as error:
