@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 from nbdtarget.fast import compiled
 
@@ -40,23 +41,38 @@ def simple(cookie: int = COOKIE) -> bytes:
     return struct.pack(">IIQ", 0x67446698, 0, cookie)
 
 
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    peer.setblocking(False)
+    return ours, peer
+
+
 class Bench:
-    """A plane over a socket pair and a file of random bytes."""
+    """A plane over a socket pair and a file of random bytes.
+
+    Attributes:
+        ours, peer: the sockets of the plane and of its client.
+        file, route: what the plane reads and writes.
+        told: what the file has reported.
+
+    Args:
+        sockets: the plane's and the client's, neither of which blocks; None: a new pair.
+        options: further ones of `Plane`.
+    """
 
     def __init__(
         self,
         path: Path,
         *,
-        structured: bool = True,
-        extended: bool = False,
-        can_write: bool = True,
+        size: int = SIZE,
+        sockets: tuple[Any, Any] | None = None,
         received: int = 1 << 16,
         arena: int = 1 << 18,
-        poison: bool = False,
-        turn_ns: int = 10**9,
         slow_ns: int = 10**9,
+        **options: Any,
     ) -> None:
-        self.content = bytearray(os.urandom(SIZE))
+        self.content = bytearray(os.urandom(size))
         path.write_bytes(self.content)
         self.fd = os.open(path, os.O_RDWR)
         self.told: list[str] = []
@@ -65,36 +81,43 @@ class Bench:
             slow_ns,
             lambda: self.told.append("slow"),
             lambda *how: self.told.append(f"unfinished {how}"),
+            None,
+            lambda: self.told.append("sync left"),
+            lambda status: self.told.append(f"kick: {status}"),
         )
-        self.file.size = self.file.read_max = self.file.write_max = SIZE
-        self.ours, self.peer = socket.socketpair()
-        self.ours.setblocking(False)
-        self.peer.setblocking(False)
-        self.received, self.arena = bytearray(received), bytearray(arena)
+        self.file.size = self.file.read_max = self.file.write_max = size
+        pair: tuple[Any, Any] = sockets or _socket_pair()
+        self.ours, self.peer = pair
+        self.buffer, self.arena = bytearray(received), bytearray(arena)
+        defaults = {
+            "structured": True,
+            "can_write": True,
+            "zero_min": 32 << 10,
+            "length_max": 200_000,
+            "turn_ns": 10**9,
+            "flush_at": 1 << 17,
+            "poison": False,
+        }
         self.plane = Plane(
             self.ours.fileno(),
-            self.received,
+            self.buffer,
             self.arena,
-            structured=structured,
-            can_write=can_write,
-            size=SIZE,
-            zero_min=32 << 10,
-            length_max=200_000,
-            turn_ns=turn_ns,
-            flush_at=1 << 17,
-            poison=poison,
-            extended=extended,
+            size=size,
+            **{**defaults, **options},
         )
-        self.route = Route.flat(self.file, 0, SIZE)
-        self.route.can_read = self.route.can_write = True
+        self.route = self.new_route()
 
-    def turn(self, sent: bytes = b"", *, poll_ns: int = 0) -> int:
+    def new_route(self) -> "Route":
+        route = Route.flat(self.file, 0, len(self.content))
+        route.can_read = route.can_write = True
+        return route
+
+    def turn(self, sent: bytes = b"", *, poll_ns: int = 0, lone: int = 0) -> int:
         if sent:
             self.peer.sendall(sent)
         plane = self.plane
-        return plane.turn(
-            self.route, poll_ns, False, plane.begin, plane.end, plane.base, plane.out
-        )
+        places = (plane.begin, plane.end, plane.base, plane.out)
+        return plane.turn(self.route, poll_ns, False, *places, lone)
 
     def replies(self) -> bytes:
         found = b""
@@ -105,7 +128,7 @@ class Bench:
                 return found
 
     def on_disk(self) -> bytes:
-        return os.pread(self.fd, SIZE, 0)
+        return os.pread(self.fd, len(self.content), 0)
 
     def close(self) -> None:
         self.route.close()

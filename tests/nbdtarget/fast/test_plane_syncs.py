@@ -3,8 +3,6 @@
 
 import errno
 import os
-import socket
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,13 +10,14 @@ from typing import Final
 import pytest
 
 from nbdtarget.fast import compiled
+from tests.support import plane
+from tests.support.plane import SIZE, Bench
 
 if compiled.IS_COMPILED:
-    from nbdtarget_fast import DONE, SLOW, FastFile, Plane, Route
+    from nbdtarget_fast import DONE, SLOW, FastFile, Route
 
 pytestmark = pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
 
-SIZE: Final = 1 << 16
 WRITE, FLUSH = 1, 3
 FUA: Final = 1
 DATA: Final = os.urandom(512)
@@ -27,53 +26,31 @@ DATA: Final = os.urandom(512)
 def request(
     command: int, offset: int, length: int, cookie: int, flags: int = 0
 ) -> bytes:
-    head = struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length)
-    return head + DATA[:length] if command == WRITE else head
+    payload = DATA[:length] if command == WRITE else b""
+    return plane.request(command, offset, length, payload, flags=flags, cookie=cookie)
 
 
-class Rig:
-    """A plane over a socket pair and a file of zeroes."""
+class Rig(Bench):
+    """A plane whose connection has room for so many more syncs, and waits for none."""
 
     def __init__(self, path: Path) -> None:
-        path.write_bytes(bytes(SIZE))
-        self.path = path
         self.nr_room = 1000
         self.not_begun: list[int] = []
-        self.fd = os.open(path, os.O_RDWR)
-        self.file = FastFile(self.fd, 10**9, lambda: None, lambda *_: None)
-        self.file.size = self.file.read_max = self.file.write_max = SIZE
-        self.ours, self.peer = socket.socketpair()
-        self.plane = Plane(
-            self.ours.fileno(),
-            bytearray(1 << 16),
-            bytearray(1 << 16),
-            structured=True,
-            can_write=True,
-            size=SIZE,
-            zero_min=SIZE,
+        super().__init__(
+            path,
             length_max=SIZE,
-            turn_ns=10**9,
-            flush_at=SIZE,
             poison=True,
-            ring_reads=self,  # type: ignore[arg-type]  # it is only asked for room
+            ring_reads=self,  # it is only asked for room
             flush_for=lambda *_: None,
         )
-        self.route = Route.flat(self.file, 0, SIZE)
-        self.route.can_read = self.route.can_write = True
 
     def room(self) -> tuple[int, int]:
         return self.nr_room, 0
 
-    def turn(self, wire: bytes) -> int:
-        self.peer.sendall(wire)
-        return self.plane.turn(self.route, 50_000, False, 0, 0, 0, 0)
-
-    def close(self) -> None:
-        self.route.close()
-        self.plane.release()
-        self.ours.close()
-        self.peer.close()
-        os.close(self.fd)
+    def turn(self, sent: bytes = b"", *, poll_ns: int = 50_000, lone: int = 0) -> int:
+        """Forget what the turn before has left."""
+        self.peer.sendall(sent)
+        return self.plane.turn(self.route, poll_ns, False, 0, 0, 0, 0, lone)
 
 
 @pytest.fixture
@@ -88,11 +65,11 @@ def test_they_are_done_and_left_to_be_answered_together(rig: Rig) -> None:
     wire += request(WRITE, 4096, 512, 3) + request(WRITE, 8192, 512, 1 << 63, FUA)
     assert rig.turn(wire) == DONE
     # Only the plain WRITE is answered.
-    assert rig.peer.recv(4096) == struct.pack(">IIQ", 0x67446698, 0, 3)
+    assert rig.replies() == plane.simple(3)
     assert rig.plane.nr_syncs == 3
     assert rig.plane.take_syncs() == ([1, 1 << 63], [2])
     assert rig.plane.nr_syncs == 0
-    content = rig.path.read_bytes()
+    content = rig.on_disk()
     assert [content[at : at + 512] for at in (0, 4096, 8192)] == [DATA] * 3
 
 
@@ -103,7 +80,7 @@ def test_so_many_of_them_and_the_rest_is_left_to_python(rig: Rig) -> None:
     assert rig.plane.take_syncs() == ([], [0, 1])
     rig.nr_room = -1
     assert rig.turn(request(WRITE, 0, 512, 1, FUA)) == SLOW
-    assert rig.path.read_bytes() == bytes(SIZE)
+    assert rig.on_disk() == rig.content
 
 
 @pytest.mark.parametrize(
@@ -127,9 +104,9 @@ def test_more_than_there_is_room_for_comes_in_several_turns(rig: Rig) -> None:
     wire = b"".join(request(FLUSH, 0, 0, nr) for nr in range(300))
     assert rig.turn(wire) == SLOW
     assert rig.plane.take_syncs() == ([], list(range(256)))
-    plane = rig.plane
-    assert plane.turn(rig.route, 0, True, plane.begin, plane.end, 0, 0) == DONE
-    assert plane.take_syncs() == ([], list(range(256, 300)))
+    left = rig.plane
+    assert left.turn(rig.route, 0, True, left.begin, left.end, 0, 0) == DONE
+    assert left.take_syncs() == ([], list(range(256, 300)))
 
 
 # ---- writing back begins at once ----

@@ -2,7 +2,6 @@
 """A Plane whose client talks in TLS."""
 
 import errno
-import os
 import select
 import socket
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 from nbdtarget.fast import compiled
 from tests.support.certificates import needs_openssl
 from tests.support.patience import PATIENCE_S
-from tests.support.plane import SIZE, data_chunk, request, simple
+from tests.support.plane import SIZE, Bench, data_chunk, request, simple
 from tests.support.tls_ends import encrypted
 
 if compiled.IS_COMPILED:
@@ -24,9 +23,6 @@ if compiled.IS_COMPILED:
         DONE,
         FAILED,
         TURN_OVER,
-        FastFile,
-        Plane,
-        Route,
     )
     from nbdtarget_sync import Syncer
 
@@ -40,69 +36,30 @@ LONE_ALL: Final = 2  # see `Plane.turn`
 RECEIVED: Final = 4096  # bytes of the receive buffer
 
 
-class Rig:
-    """A plane in TLS over a file of random bytes, and its client, whose records Python carries."""
+class Rig(Bench):
+    """A plane in TLS, and its client, whose records Python carries."""
 
     def __init__(self, path: Path) -> None:
-        self.content = os.urandom(SIZE)
-        path.write_bytes(self.content)
-        self.fd = os.open(path, os.O_RDWR)
-        self.told: list[str] = []
-        self.file = FastFile(
-            self.fd,
-            10**9,
-            lambda: None,
-            lambda *_: None,
-            None,
-            lambda: self.told.append("sync left"),
-            lambda status: self.told.append(f"kick: {status}"),
-        )
-        self.file.size = self.file.read_max = self.file.write_max = SIZE
-        self.ours, self.peer = encrypted(*socket.socketpair(), client=False)
-        self.arena = bytearray(1 << 18)
-        self.plane = Plane(
-            self.ours.fileno(),
-            bytearray(RECEIVED),
-            self.arena,
-            structured=True,
-            can_write=True,
-            size=SIZE,
+        ours, peer = encrypted(*socket.socketpair(), client=False)
+        super().__init__(
+            path,
+            sockets=(ours, peer),
+            received=RECEIVED,
             zero_min=SIZE,
             length_max=SIZE,
-            turn_ns=10**9,
-            flush_at=1 << 17,
             poison=True,
-            ring_reads=self,  # type: ignore[arg-type]  # it is only asked for room
+            ring_reads=self,  # it is only asked for room
             flush_for=lambda *_: None,
-            tls=self.ours.records,
+            tls=ours.records,
         )
-        self.route = Route.flat(self.file, 0, SIZE)
-        self.route.can_read = self.route.can_write = True
 
     def room(self) -> tuple[int, int]:
         return 1000, SIZE
 
-    def turn(self, sent: bytes = b"", lone: int = 0) -> int:
+    def turn(self, sent: bytes = b"", *, poll_ns: int = 0, lone: int = 0) -> int:
         if sent:
             assert self.peer.send(sent) == len(sent)
-        plane = self.plane
-        places = (plane.begin, plane.end, plane.base, plane.out)
-        return plane.turn(self.route, 0, False, *places, lone)
-
-    def replies(self) -> bytes:
-        found = b""
-        while True:
-            try:
-                found += self.peer.recv(1 << 18)
-            except BlockingIOError:
-                return found
-
-    def close(self) -> None:
-        self.route.close()
-        self.plane.release()
-        self.ours.close()
-        self.peer.close()
-        os.close(self.fd)
+        return super().turn(poll_ns=poll_ns, lone=lone)
 
 
 @pytest.fixture
@@ -153,7 +110,7 @@ def test_answer_to_a_durable_request_of_a_client_that_is_alone_is_encrypted(
     rig.file.syncer, rig.file.sync_wait_ns = syncer, int(PATIENCE_S * 10**9)
     rig.route.may_sync = lambda: True
     for _ in range(2):
-        assert rig.turn(request(FLUSH, 0, 0), LONE_ALL) == DONE
+        assert rig.turn(request(FLUSH, 0, 0), lone=LONE_ALL) == DONE
         assert rig.replies() == simple()
     assert rig.file.nr_synced == 2
     assert not rig.told

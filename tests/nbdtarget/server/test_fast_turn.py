@@ -21,6 +21,7 @@ from nbdtarget.common import tls_socket
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.fast import compiled
+from nbdtarget.fast.compiled import FastFile
 from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.limits import Limits
@@ -414,15 +415,23 @@ def _hits(device: MappedDevice) -> int:
 # ---- a disk that fails ----
 
 
+async def _served_file(site: Site) -> tuple[FileDevice, FastFile]:
+    """Make a `linear` device "d" on a file of zeroes; return the file, and the compiled path's end of it."""
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    file = below.maybe_fast_file()
+    assert file is not None
+    return below, file
+
+
 @needs_compiled
 async def test_write_that_the_page_cache_refuses_fails_and_latches(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel tells some errors once, so the write is not tried again."""
-    site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {site.folder}/disk 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
+    below, file = await _served_file(site)
     peer = await site.attach()
     tried: list[int] = []
 
@@ -431,8 +440,6 @@ async def test_write_that_the_page_cache_refuses_fails_and_latches(
         return len(data)
 
     monkeypatch.setattr("nbdtarget.devices.file.device._pwrite", pwrite)
-    file = below.maybe_fast_file()
-    assert file is not None
     below._note_unfinished(8192, 4096, 0, errnos.EIO, 0)
     file.write_max = 0
     reply = await peer.ask(c.CMD_WRITE, 8192, payload=bytes(4096))
@@ -443,18 +450,13 @@ async def test_write_that_the_page_cache_refuses_fails_and_latches(
 
 @needs_compiled
 async def test_write_that_was_taken_in_part_is_finished(site: Site) -> None:
-    disk = site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
+    below, file = await _served_file(site)
     peer = await site.attach()
-    file = below.maybe_fast_file()
-    assert file is not None
     below._note_unfinished(8192, 4096, 1024, 0, 0)
     file.write_max = 0
     reply = await peer.ask(c.CMD_WRITE, 8192, payload=b"w" * 4096)
     assert reply.error == 0
-    data = (await device.read(8192, 4096)).tobytes()
+    data = (await peer.ask(c.CMD_READ, 8192, 4096)).data
     assert data == bytes(1024) + b"w" * 3072  # the first part was there already
 
 
@@ -462,13 +464,8 @@ async def test_write_that_was_taken_in_part_is_finished(site: Site) -> None:
 async def test_error_of_a_later_piece_is_not_lost_on_the_pieces_before(
     site: Site,
 ) -> None:
-    disk = site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
+    below, file = await _served_file(site)
     peer = await site.attach()
-    file = below.maybe_fast_file()
-    assert file is not None
     below._note_unfinished(8192, 4096, 0, errnos.EIO, 1)
     file.write_max = 0
     before = await peer.ask(c.CMD_WRITE, 0, payload=b"w" * 4096)
@@ -482,13 +479,8 @@ async def test_error_of_a_later_piece_is_not_lost_on_the_pieces_before(
 async def test_error_of_a_write_that_is_not_asked_for_again_is_not_forgotten(
     site: Site,
 ) -> None:
-    disk = site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
+    below, file = await _served_file(site)
     peer = await site.attach()
-    file = below.maybe_fast_file()
-    assert file is not None
     below._note_unfinished(8192, 4096, 0, errnos.EIO, 0)
     file.write_max = 0
     reply = await peer.ask(c.CMD_WRITE, 0, payload=b"w" * 4096)
@@ -498,12 +490,7 @@ async def test_error_of_a_write_that_is_not_asked_for_again_is_not_forgotten(
 
 @needs_compiled
 async def test_slow_write_is_the_last_one_for_now(site: Site) -> None:
-    disk = site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
-    file = below.maybe_fast_file()
-    assert file is not None
+    below, file = await _served_file(site)
     assert file.write_max > 0
     below._watch()
     assert file.write_max == 0
@@ -512,12 +499,7 @@ async def test_slow_write_is_the_last_one_for_now(site: Site) -> None:
 @needs_compiled
 async def test_discard_keeps_writes_from_the_compiled_path(site: Site) -> None:
     """It holds the inode's lock: a write would wait for it in the event loop."""
-    disk = site.file("disk", bytes(SIZE))
-    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
-    file = below.maybe_fast_file()
-    assert file is not None
+    _, file = await _served_file(site)
     peer = await site.attach()
     peer.send(c.CMD_TRIM, 0, BLOCK)
     await peer.writer.drain()
