@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images packed in every format that there is."""
 
-import bz2
 import gzip
 import lzma
 from collections.abc import Callable
@@ -26,13 +25,11 @@ def _pack(name: str, data: bytes) -> bytes:
             return gzip.compress(data, 1)
         case "xz":
             return lzma.compress(data, preset=0)
-        case "zstd":
+        case _:
             packed: bytes = zstd_module().compress(data)
             return packed
-        case _:
-            return bz2.compress(data, 1)
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    name: partial(_pack, name) for name in ("gzip", "xz", "zstd", "bzip2")
+    name: partial(_pack, name) for name in ("gzip", "xz", "zstd")
 }

@@ -5,7 +5,6 @@ A packed file may consist of several members, streams or frames one after the ot
 ended. Zeroes behind the last one are padding.
 """
 
-import bz2
 import importlib
 import lzma
 import zlib
@@ -28,7 +27,7 @@ class MissingPackageError(Exception):
 
 
 class _Decompressor(Protocol):
-    """As in the modules lzma and bz2."""
+    """As in the module lzma."""
 
     eof: bool
     unused_data: bytes
@@ -74,9 +73,7 @@ def _zstd() -> Any:
     )
 
 
-FORMATS: Final = MappingProxyType(
-    {"gzip": _Gzip, "xz": _xz, "zstd": _zstd, "bzip2": bz2.BZ2Decompressor}
-)
+FORMATS: Final = MappingProxyType({"gzip": _Gzip, "xz": _xz, "zstd": _zstd})
 
 
 class Unpacker:
