@@ -116,8 +116,8 @@ class ControlClient:
 def no_server(address: ControlAddress) -> NoServerError:
     """Return the error that says what to do when there is no server."""
     return NoServerError(
-        f"no server on {address}: start one with `nbdtarget serve', or name the socket of a"
-        " running one with --control"
+        f"no server on {address}: start one with `nbdtarget serve', or serve a disk with `nbdtarget"
+        " clone', `cache' or `export'; --control names the socket of another server"
     )
 
 
