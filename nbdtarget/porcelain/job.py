@@ -160,7 +160,7 @@ class Job(Generic[P]):
         raise NotImplementedError
 
     async def _watch_to_the_end(self, device: MappedDevice, plan: P) -> None:
-        """Also when the device is removed by a command: then the job ends, unless it serves other devices that were made by commands."""
+        """Watch; when a command has removed the device, end the job, unless other devices were made in its server."""
         await self._watch(device, plan)
         event_nr = device.event_nr
         while not device.events.is_closed:
@@ -210,7 +210,7 @@ class Job(Generic[P]):
             self._daemon.release_signals()
         if not watcher.cancelled() and watcher.exception() is not None:
             raise AssertionError("watching has failed") from watcher.exception()
-        if table is not None and _has_lost_any(device, table):
+        if _has_lost_any(device, table):
             self._has_failed = True
         if must_leave_at_once():
             # A device that hangs would hang again, whatever is asked of it.
@@ -369,12 +369,15 @@ async def remove_made(paths: Sequence[str]) -> None:
             await resolve.remove_created(path)
 
 
-def _has_lost_any(device: MappedDevice, table: Table) -> bool:
+def _has_lost_any(device: MappedDevice, table: Table | None) -> bool:
     """Whether the last flush or commit of a device has failed. The log says why.
 
-    Args: table: its last one. The targets of a removed device answer nothing any more.
+    Args: table: its last one; None: a command has removed the device, or has taken its table away. The targets of a
+        removed device answer nothing any more.
     """
     is_removed = device.state is State.REMOVED
+    if table is None:
+        return device.has_lost_writes or device.is_uncommitted
     if device.has_lost_writes or (not is_removed and table.has_lost_writes()):
         return True
     return not (table.read_only or device.is_flushed)

@@ -9,6 +9,8 @@ __all__ = ["PORCELAIN"]
 
 CACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_cache.py",)
 CLONE_TESTS: Final = ("tests/nbdtarget/porcelain/test_clone.py",)
+JOB_TESTS: Final = ("tests/nbdtarget/porcelain/test_job.py",)
+REMOVED_TESTS: Final = ("tests/nbdtarget/porcelain/test_removed.py",)
 UNCACHE_TESTS: Final = ("tests/nbdtarget/control/test_uncache.py",)
 
 
@@ -24,6 +26,22 @@ def _mutant(
 
 
 PORCELAIN: Final = (
+    _mutant(
+        "job-of-a-removed-device-forgets-its-last-commit",
+        "The last commit failed when the device was removed, and the exit status is 0.",
+        "nbdtarget.porcelain.job:_has_lost_any",
+        "return device.has_lost_writes or device.is_uncommitted",
+        "return device.has_lost_writes",
+        JOB_TESTS,
+    ),
+    _mutant(
+        "job-ends-under-other-devices",
+        "A command removes the job's device, and clients of other devices of its server lose theirs.",
+        "nbdtarget.porcelain.job:Job._watch_to_the_end",
+        "if self._daemon.registry.devices():",
+        "if False:",
+        REMOVED_TESTS,
+    ),
     _mutant(
         "uncache-leaves-its-mappings",
         "Whoever gives the old cache line again reads blocks that are out of date.",

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs of clone and cache, in this process; test_removed.py has a job whose device is removed as a process."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdtarget.porcelain.cache import CacheJob, CacheOptions
+from nbdtarget.porcelain.clone import CloneJob, CloneOptions
+from nbdtarget.porcelain.job import Job
+from tests.support.patience import PATIENCE_S
+
+MIB = 1 << 20
+CONTENT = os.urandom(MIB)
+
+
+class Recorder:
+    """A reporter for every kind of job, which remembers the names of what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.is_serving = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def told(*_: object) -> None:
+            self.calls.append(name)
+            if name == "serving":
+                self.is_serving.set()
+
+        return told
+
+
+@pytest.fixture
+def recorder(
+    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> Recorder:
+    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("disk").write_bytes(CONTENT)
+    return Recorder()
+
+
+def clone_job(recorder: Any) -> Job[Any]:
+    return CloneJob(CloneOptions(source="disk", dest="served"), recorder)
+
+
+def cache_job(recorder: Any) -> Job[Any]:
+    options = CacheOptions(
+        origin="disk",
+        cache="fast",
+        name="served",
+        block_size=64 << 10,
+        cache_size=MIB,
+        mode="writeback",
+    )
+    return CacheJob(options, recorder)
+
+
+@pytest.mark.parametrize("make", [clone_job, cache_job])
+async def test_commit_that_failed_at_the_removal_is_in_the_exit_status(
+    recorder: Recorder,
+    make: Callable[[Recorder], Job[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make(recorder)
+    running = asyncio.create_task(job.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await recorder.is_serving.wait()
+        device = job._daemon.registry.get("served")
+        await job._daemon.registry.remove("served")
+        monkeypatch.setattr(device, "is_uncommitted", True)
+        assert await running == 1
