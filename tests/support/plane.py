@@ -66,7 +66,7 @@ class Bench:
         path: Path,
         *,
         size: int = SIZE,
-        sockets: tuple[Any, Any] | None = None,
+        sockets: Any = None,
         received: int = 1 << 16,
         arena: int = 1 << 18,
         slow_ns: int = 10**9,
@@ -88,7 +88,7 @@ class Bench:
         self.file.size = self.file.read_max = self.file.write_max = size
         pair: tuple[Any, Any] = sockets or _socket_pair()
         self.ours, self.peer = pair
-        self.buffer, self.arena = bytearray(received), bytearray(arena)
+        self.received, self.arena = bytearray(received), bytearray(arena)
         defaults = {
             "structured": True,
             "can_write": True,
@@ -100,7 +100,7 @@ class Bench:
         }
         self.plane = Plane(
             self.ours.fileno(),
-            self.buffer,
+            self.received,
             self.arena,
             size=size,
             **{**defaults, **options},

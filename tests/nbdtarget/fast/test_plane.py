@@ -169,7 +169,7 @@ def test_what_is_not_plain_stays_in_the_buffer(bench: Bench, wire: bytes) -> Non
     plain = request(READ, 0, 512)
     assert bench.turn(plain + wire + plain) == SLOW
     plane = bench.plane
-    assert bench.buffer[plane.begin : plane.end] == wire + plain
+    assert bench.received[plane.begin : plane.end] == wire + plain
     # The reply to what came before is packed, and Python sends it with its own.
     assert bench.arena[plane.base : plane.out] == data_chunk(0, bench.content[:512])
     assert bench.on_disk() == bench.content
@@ -344,9 +344,9 @@ def test_poisoning_overwrites_what_is_served_and_sent(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "disk", poison=True)
     wire = request(WRITE, 0, 512, b"w" * 512) + request(READ, 0, 512)
     assert bench.turn(wire + b"\x25\x60") == DONE
-    assert bench.buffer[2 : len(wire) + 2] == b"\xdb" * len(wire)
+    assert bench.received[2 : len(wire) + 2] == b"\xdb" * len(wire)
     assert bench.arena[: 16 + 28 + 512] == b"\xdb" * (16 + 28 + 512)
-    assert bytes(bench.buffer[:2]) == b"\x25\x60"
+    assert bytes(bench.received[:2]) == b"\x25\x60"
     bench.close()
 
 
@@ -361,7 +361,7 @@ def test_places_outside_of_the_buffers_are_refused(bench: Bench) -> None:
 
 def test_released_plane_leaves_everything(bench: Bench) -> None:
     bench.plane.release()
-    bench.buffer.extend(b"it can be resized again")
+    bench.received.extend(b"it can be resized again")
     assert bench.turn(request(READ, 0, 512)) == SLOW
 
 
