@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs of clone and cache, in this process; test_removed.py has a job whose device is removed as a process."""
+"""The jobs of clone and cache, in this process; test_changed_by_commands.py has a job whose device is removed as a process."""
 
 import asyncio
 import os
