@@ -38,7 +38,6 @@ ELSEWHERE = {
     "nbdtarget/cli/common.py": "tests/nbdtarget/cli/test_commands.py",
     "nbdtarget/cli/devices.py": "tests/nbdtarget/cli/test_commands.py",
     "nbdtarget/cli/dmsetup.py": "tests/nbdtarget/cli/test_dmsetup_verbs.py",
-    "nbdtarget/cli/ending.py": "tests/nbdtarget/cli/test_top.py",
     "nbdtarget/cli/export.py": "tests/nbdtarget/porcelain/test_export.py",
     "nbdtarget/cli/health.py": "tests/nbdtarget/cli/test_commands.py",
     "nbdtarget/cli/listing.py": "tests/nbdtarget/cli/test_commands.py",
