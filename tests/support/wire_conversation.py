@@ -73,6 +73,7 @@ class Conversation:
         asked: the requests that must be answered, in order, if nothing is damaged.
         ends: why nothing is served behind them: "DISC", "garbage", "too long" or "EOF".
         disk: what the disk holds afterwards.
+        in_slices: ranges that are carried out in pieces. No later request touches one of them.
     """
 
     def __init__(self, rng: random.Random, disk: bytes) -> None:
@@ -83,7 +84,7 @@ class Conversation:
         self.asked: list[Asked] = []
         self.ends = "EOF"
         self._rng = rng
-        self._in_slices: list[range] = []
+        self.in_slices: list[range] = []
         head = c.CLIENT_FLAGS.pack(3)
         if self.structured:
             head += ASKS_FOR[self.how]
@@ -107,7 +108,7 @@ class Conversation:
         if rng.random() < 0.03:
             length = rng.choice((PAYLOAD_MAX + 1, 2 * PAYLOAD_MAX))
         touched = range(offset, offset + length)
-        if any(_overlap(touched, slow) for slow in self._in_slices):
+        if any(_overlap(touched, slow) for slow in self.in_slices):
             length = 0
         flags = rng.choice((0, 0, 0, 0, c.CMD_FLAG_FUA, c.CMD_FLAG_DF, 1 << 9))
         asked = Asked(len(self.asked) + 1, command, offset)
@@ -178,7 +179,17 @@ class Conversation:
             self.disk[offset : offset + length] = bytes(length)
             if length > RANGE_SLICE:
                 # The server carries it out in pieces, and what is sent meanwhile may come before a piece: no answer was waited for.
-                self._in_slices.append(range(offset, offset + length))
+                self.in_slices.append(range(offset, offset + length))
+
+    def expects(self, disk: bytearray) -> bool:
+        """Whether this is what the disk may hold afterwards."""
+        expected = self.disk
+        if self.ends in ("garbage", "too long"):
+            # The connection was closed, and a range that was carried out in pieces may have ended between two of them.
+            expected = bytearray(expected)
+            for cut in self.in_slices:
+                expected[cut.start : cut.stop] = disk[cut.start : cut.stop]
+        return disk == expected
 
 
 def _overlap(one: range, other: range) -> bool:
