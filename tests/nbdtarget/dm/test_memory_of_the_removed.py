@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+# A target type is imported with its first table. What its modules hold stays, so they are imported now.
+import nbdtarget.targets.cache.constructor
+import nbdtarget.targets.clone.constructor  # noqa: F401
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.ring import find_out, maybe_reader
+from nbdtarget.devices.file.windows import windows_of_loop
 from nbdtarget.dm.registry import Registry
+from nbdtarget.fast.compiled import IS_COMPILED
 from tests.support.patience import until
 
 SIZE = 8 << 20
@@ -56,6 +61,14 @@ def _left_over() -> list[str]:
     ]
 
 
+def _make_what_stays() -> None:
+    """All files of the loop share these."""
+    find_out()
+    maybe_reader()
+    if IS_COMPILED:
+        windows_of_loop()
+
+
 @pytest.fixture
 def names(tmp_path: Path) -> dict[str, str]:
     names = {name: str(tmp_path / name) for name in "abm"}
@@ -86,8 +99,7 @@ async def _left_in_the_end(existing: list[str]) -> list[str]:
 async def test_nothing_of_a_removed_device_is_left(
     kind: str, names: dict[str, str]
 ) -> None:
-    find_out()
-    maybe_reader()  # all files of the loop share it, and it stays
+    _make_what_stays()
     registry = Registry(resolve)
     existing = _left_over()
     line = TABLES[kind].format_map(names)
@@ -103,8 +115,7 @@ async def test_nothing_of_a_removed_device_is_left(
 
 
 async def test_nothing_of_a_stack_is_left(names: dict[str, str]) -> None:
-    find_out()
-    maybe_reader()  # all files of the loop share it, and it stays
+    _make_what_stays()
     registry = Registry(resolve)
     existing = _left_over()
     await registry.create("lower", f"0 {SECTORS} linear {names['a']} 0")
