@@ -51,7 +51,6 @@ from msgspec.structs import replace
 
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
-from nbdtarget.common.heap import trim_heap
 from nbdtarget.common.unix_socket import (
     SocketOptions,
     remove_if_stale,
@@ -83,7 +82,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.listener import Listener, export_uri
+from nbdtarget.server.listener import Listener, export_uri, leave_heap
 
 if TYPE_CHECKING:
     from nbdtarget.config.file import Config
@@ -130,8 +129,12 @@ class Daemon:
         security: Security | None = None,
         notifier: Notifier | None = None,
         metrics: MetricsOptions = NO_METRICS,
+        trim: Callable[[], None] = leave_heap,
     ) -> None:
-        """Raises: NbdTargetError: `metrics` is no address, `sockets` has a mode, an owner or a group that is none."""
+        """Args: trim: gives free pages of the heap back to the system; for a process that is ours.
+
+        Raises: NbdTargetError: `metrics` is no address, `sockets` has a mode, an owner or a group that is none.
+        """
         self.registry = Registry(resolve)
         self.notifier = notifier or Notifier()
         self.is_committed = True
@@ -148,7 +151,7 @@ class Daemon:
             access=self.listen_access,
             tls=self.security.tls,
             rules=self.security.rules,
-            trim=trim_heap,
+            trim=trim,
         )
         self._reports = ServiceReports(
             self.notifier,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from nbdtarget.common.activity import ACTIVITY
+from nbdtarget.common.activity import all_batches
 from nbdtarget.common.clock import loop_time_s
 from nbdtarget.devices.bulk_streams import (
     BulkCopy,
@@ -31,7 +31,6 @@ from nbdtarget.fast.compiled import (
     IS_COMPILED,
     Copies,
     CopyStream,
-    batches_received,
 )
 
 __all__ = ["QUIET_S", "SMALL_CHUNK_BYTES", "CompiledCopies"]
@@ -62,7 +61,7 @@ class CompiledCopies:
         self._copies = copies
         self._shares = _shares(streams[0][0], chunk_bytes)
         self._gives_way = False
-        self._nr_batches = _nr_batches()
+        self._nr_batches = all_batches()
         self._active_until_s = 0.0
         self._streams = streams
         self._ended = ended
@@ -133,7 +132,7 @@ class CompiledCopies:
 
     def _look_for_clients(self) -> None:
         """Give way, or take all there is again; see *Giving way* above."""
-        now_s, nr_batches = loop_time_s(), _nr_batches()
+        now_s, nr_batches = loop_time_s(), all_batches()
         if nr_batches != self._nr_batches:
             self._nr_batches = nr_batches
             self._active_until_s = now_s + QUIET_S
@@ -157,10 +156,6 @@ class CompiledCopies:
     def _maybe_end(self) -> None:
         if self._is_closed and not self._under_way:
             self._loop.remove_reader(self._copies.event_fd)
-
-
-def _nr_batches() -> int:
-    return ACTIVITY.nr_batches + batches_received()
 
 
 def _shares(stream: BulkStream, chunk_bytes: int) -> tuple[int, int]:

@@ -81,7 +81,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
-from nbdtarget_map cimport Mapping, Windows, map_begin, map_place
+from nbdtarget_map cimport Mapping, Windows, map_begin, map_place, map_sent, map_skips
 from nbdtarget_ring cimport (
     Read,
     Reader,
@@ -340,6 +340,7 @@ cdef struct File:
     uint32_t fake_misses  # for tests
     uint32_t fake_state
     int fake_error  # for tests
+    int64_t fake_send_ns  # for tests
     sync_job *job  # NULL: syncs are Python's
     bint is_left  # a sync has begun, and is Python's to end
     bint kicks
@@ -575,6 +576,7 @@ cdef class FastFile:
         align: what their offsets and lengths are multiples of; a power of two.
         fake_misses: for tests: so many of 2^32 READs are taken for misses.
         fake_error: for tests: the errno of reading what is left of a READ from a window; 0: it succeeds.
+        fake_send_ns: for tests: how long a send from windows is said to have taken; 0: it is measured.
         size: bytes.
         read_max: up to which length READs are tried, 0: not at all.
         read_flags: of preadv2.
@@ -715,6 +717,14 @@ cdef class FastFile:
     @fake_error.setter
     def fake_error(self, int value):
         self.file.fake_error = value
+
+    @property
+    def fake_send_ns(self):
+        return self.file.fake_send_ns
+
+    @fake_send_ns.setter
+    def fake_send_ns(self, int64_t value):
+        self.file.fake_send_ns = value
 
     @property
     def write_max(self):
@@ -2075,16 +2085,19 @@ cdef class Plane:
         cdef Py_ssize_t head = self.data_bytes, before = self.out - self.base
         cdef Py_ssize_t sent
         cdef uint64_t look, done = 0
+        cdef int64_t began, taken_ns
         if self.is_stuck or self.records != NULL or file.mapping.table == NULL:
             return MAPPED_NOT
         places[0].iov_base = reply - before
         places[0].iov_len = <size_t>(before + head)
-        map_begin(file.mapping.table)
+        map_begin(file.mapping.table, length)
+        self.has_mapped = True  # also if a window is mapped, and nothing is sent from it
         for nr in range(nr_pieces):
             file = pieces[nr].file
             if (
                 length > file.read_max or length < file.mapping.length_min or file.mapping.table != pieces[0].file.mapping.table
                 or not lies_in(pieces[nr].at, pieces[nr].length, file.size) or file.fake_misses and is_fake_miss(file)
+                or map_skips(&file.mapping)
             ):
                 return MAPPED_NOT
             done += pieces[nr].length
@@ -2099,12 +2112,16 @@ cdef class Plane:
             nr_places = map_place(&file.mapping, file.fd, pieces[nr].at, pieces[nr].length, places, nr_places, PLACES_MAX)
             if nr_places < 0:
                 return MAPPED_NOT
-        self.has_mapped = True
         time_anyway(&self.counter, 0)  # a page that has gone meanwhile is read from the disk while it is sent
         self._pack_head(reply, request, length)
+        began = now_ns()
         sent = self._put(places, nr_places)
         while sent < 0 and errno == EINTR:
             sent = self._put(places, nr_places)
+        taken_ns = now_ns() - began
+        for nr in range(nr_pieces):
+            file = pieces[nr].file
+            map_sent(&file.mapping, file.fake_send_ns or taken_ns)
         if sent == before + head + <Py_ssize_t>length:
             pieces[0].file.mapping.table.nr_sent += 1
             self._all_sent(self.out + head)

@@ -11,13 +11,17 @@ CPU time. For short ones it gains little, so `length_min` is the shortest that i
 touched it would end the process (SIGBUS). A system call that copies from there stops with EFAULT, or comes short. So no code here or in
 `nbdtarget_fast` reads a window; the addresses go to `mincore`, `sendmsg`, `madvise` and `munmap` alone. The bytes that are looked at for zeroes are read with pread.
 
-*The loop does not wait for the disk.* A page that is not in memory would be read from the disk in the middle of `sendmsg`. So `mincore` is asked first, for all pages of
+*The loop rarely waits for the disk.* A page that is not in memory would be read from the disk in the middle of `sendmsg`. So `mincore` is asked first, for all pages of
 a READ. If one is missing, the READ takes the usual way. A page can still be evicted in the microseconds between the two calls; then the
-loop waits for that page. `mincore` tells the truth only of files that the process owns or may write to. For others it says that all pages are there, so
+loop waits for that page. The first use of a page in a window waits for its lock, too, which the kernel may hold while it writes that page back. So each send that takes
+more than SEND_SLOW_NS has twice as many of the next READs of that file copied as the one before it.
+`mincore` tells the truth only of files that the process owns or may write to. For others it says that all pages are there, so
 `takes` tries it on a page behind the end of the file, which is never there.
 
 *What is bounded.* A file is mapped in windows of `window_bytes`, when a READ needs them. There are at most `bytes_max // window_bytes` of them for all files together;
-one that was not used for long makes room for a new one. A mapped page needs 8 bytes of page table, and counts in the resident memory of the process (RssFile) though it is the
+the one that was not used for longest makes room for a new one. Giving one back and mapping another one takes longer than copying a short READ. So READs
+have to want `window_bytes // EVICT_SHARE` bytes between one such change and the next; until then, a READ that finds no window is copied.
+A mapped page needs 8 bytes of page table, and counts in the resident memory of the process (RssFile) though it is the
 page cache that has it. `sweep` gives windows back that were not used since the sweep before it. Each window lies in one of a few places that its file and number
 choose, so finding it needs no search.
 
@@ -58,6 +62,10 @@ ABI = 13  # of `nbdtarget.fast.compiled`
 cdef enum:
     WAYS = 4  # windows that compete for the same places
     PAGES_MAX = 512  # that one question to mincore is about
+    EVICT_SHARE = 2  # see the module head
+    # A send from windows that takes so long has waited for something. Each time that it does, twice as many READs are copied.
+    SEND_SLOW_NS = 1000000
+    MAP_SKIP_MAX = 1024
 
 # Giving a window of this size back takes 90 us if all of it is mapped: the loop can spare that.
 WINDOW_BYTES = 16 << 20
@@ -66,9 +74,33 @@ LENGTH_MIN = 64 << 10  # 1.16 times the throughput there, 1.09 at half of it (a 
 cdef uint64_t nr_owners = 0
 
 
-cdef inline void map_begin(WindowTable *table) noexcept nogil:
-    """A READ begins: no window that it uses makes room for another one of it."""
-    table.clock += 1
+cdef inline void map_begin(WindowTable *table, uint64_t length) noexcept nogil:
+    """A READ begins: no window that it uses makes room for another one of it.
+
+    Args: length: at least 1.
+    """
+    table.clock += length
+
+
+cdef inline bint map_skips(Mapping *mapping) noexcept nogil:
+    """Whether this READ of the file is to be copied, because one before it took too long."""
+    if not mapping.skip:
+        return False
+    mapping.skip -= 1
+    return True
+
+
+cdef inline void skip_more(Mapping *mapping) noexcept nogil:
+    mapping.penalty = min(2 * mapping.penalty + 1, <unsigned>MAP_SKIP_MAX)
+    mapping.skip = mapping.penalty
+
+
+cdef inline void map_sent(Mapping *mapping, int64_t taken_ns) noexcept nogil:
+    """A READ of the file was sent from windows, which took so long."""
+    if taken_ns > SEND_SLOW_NS:
+        skip_more(mapping)
+    else:
+        mapping.penalty //= 2
 
 
 cdef inline void unmap(WindowTable *table, Window *window) noexcept nogil:
@@ -94,15 +126,18 @@ cdef uint8_t *find_window(Mapping *mapping, int fd, uint64_t number) noexcept no
     if oldest.base != NULL:
         if oldest.used == table.clock:
             return NULL  # the READ itself uses it
+        if table.clock - table.evicted < table.window_bytes // EVICT_SHARE:
+            return NULL  # more is in use than there are windows
+        table.evicted = table.clock
         unmap(table, oldest)
     base = mmap(NULL, table.window_bytes, PROT_READ, MAP_SHARED, fd, <int64_t>(number * table.window_bytes))
     if base == MAP_FAILED:
-        mapping.table = NULL  # it will not be better next time
-        mapping.length_min = <uint64_t>-1
+        skip_more(mapping)  # there may be memory for it later
         return NULL
     madvise(base, table.window_bytes, MADV_DONTFORK)
     oldest.base, oldest.owner, oldest.number, oldest.used = <uint8_t *>base, mapping.owner, number, table.clock
     table.nr_mapped += 1
+    table.nr_made += 1
     table.is_sweep_wanted = True
     return oldest.base
 
@@ -165,6 +200,7 @@ cdef class Windows:
 
     Attributes:
         nr_mapped: windows that there are now.
+        nr_made: windows that there have been.
         nr_sent: READs that were sent from windows.
     """
 
@@ -190,6 +226,10 @@ cdef class Windows:
     @property
     def nr_mapped(self):
         return self.table.nr_mapped
+
+    @property
+    def nr_made(self):
+        return self.table.nr_made
 
     @property
     def nr_sent(self):

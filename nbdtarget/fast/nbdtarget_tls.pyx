@@ -592,6 +592,9 @@ cdef class TlsRecords:
                 raise self.failure(errno)
             kept = self.records.ahead_end
         if not kept:
+            free(self.records.ahead)
+            self.records.ahead = NULL
+            self.records.ahead_begin = self.records.ahead_end = self.records.ahead_room = 0
             raise BlockingIOError
         return (<uint8_t *>self.records.ahead + self.records.ahead_begin)[:min(size, kept)]
 

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.heap import trim_heap
 from nbdtarget.common.permissions import permissions
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
@@ -165,6 +166,7 @@ class ScratchJob:
             sockets=options.sockets,
             metrics=options.metrics,
             security=Security(options.security),
+            trim=trim_heap,
         )
 
     async def run(self) -> int:

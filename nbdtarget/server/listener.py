@@ -63,7 +63,7 @@ from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget.server.traffic import Accounts, Client
 from nbdtarget_protocol.handshake import TlsMode
 
-__all__ = ["Listener", "export_uri"]
+__all__ = ["Listener", "export_uri", "leave_heap"]
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def export_uri(pattern: str, name: str = "") -> str:
     return pattern.replace("{name}", quote(name, safe=""))
 
 
-def _nothing() -> None:
-    """The heap is left as it is: in tests many listeners share one process."""
+def leave_heap() -> None:
+    """The heap is left as it is: the process is the one of a program that uses the API, or of tests."""
 
 
 class Listener:
@@ -104,7 +104,7 @@ class Listener:
         access: SocketAccess = PRIVATE,
         tls: ListenerTls = NO_TLS,
         rules: AccessRules | None = None,
-        trim: Callable[[], None] = _nothing,
+        trim: Callable[[], None] = leave_heap,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()

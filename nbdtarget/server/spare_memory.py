@@ -8,30 +8,44 @@ this class looks each LOOK_S seconds:
     the pool   drops each buffer that has not been needed since the last look
     the heap   is trimmed, if the pool has dropped something or a connection has ended
 
+While the heap is trimmed, the event loop may wait for it (`heap.py`). So it is trimmed only if no request came for QUIET_S. If one came, the next look
+tries again.
+
 A server that serves nothing has no timer.
 """
 
 from collections.abc import Callable
 from typing import Final
 
+from nbdtarget.common.activity import all_batches
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.server.buffers import BufferPool
 
-__all__ = ["LOOK_S", "SpareMemory"]
+__all__ = ["LOOK_S", "QUIET_S", "SpareMemory"]
 
 LOOK_S: Final = 10.0
+QUIET_S: Final = 0.25
 
 
 class SpareMemory:
     """See the module head.
 
-    Args: trim: gives free pages of the heap back.
+    Args:
+        trim: gives free pages of the heap back.
+        nr_batches: how many batches of requests have been received; the number only grows.
     """
 
     def __init__(
-        self, clock: Clock, pool: BufferPool, trim: Callable[[], None]
+        self,
+        clock: Clock,
+        pool: BufferPool,
+        trim: Callable[[], None],
+        nr_batches: Callable[[], int] = all_batches,
     ) -> None:
         self._clock, self._pool, self._trim = clock, pool, trim
+        self._nr_batches = nr_batches
+        self._nr_before = 0  # batches, when we began to look whether it is quiet
+        self._is_trim_wanted = False
         self._has_ended = False  # a connection, since the last look
         self._timer: Timer | None = None
         pool.begins_to_keep = self._look_later
@@ -56,9 +70,21 @@ class SpareMemory:
         nr_dropped = self._pool.drop_spare()
         if nr_dropped or self._has_ended:
             self._has_ended = False
-            self._trim()
-        if self._pool.nr_kept_bytes:
+            self._is_trim_wanted = True
+        if self._is_trim_wanted:
+            self._nr_before = self._nr_batches()
+            self._timer = self._clock.call_later(QUIET_S, self._trim_if_quiet)
+        elif self._pool.nr_kept_bytes:
             self._look_later()
+
+    def _trim_if_quiet(self) -> None:
+        self._timer = None
+        is_quiet = self._nr_batches() == self._nr_before
+        self._is_trim_wanted = not is_quiet
+        if self._is_trim_wanted or self._has_ended or self._pool.nr_kept_bytes:
+            self._look_later()
+        if is_quiet:
+            self._trim()
 
 
 def _nothing() -> None:

@@ -285,9 +285,7 @@ class FileDevice(Device):
                 partial(self.health.note_error, OP_NAMES[OP_READ]),
             )
             self._syncs.lend_to(self._fast)
-            windows = windows_of_loop()
-            if self._may_map and windows.takes(self._fd, self.size):
-                self._fast.windows = windows
+            self._lend_windows(self._fast)
         if self._fast is not None:
             self._fast.size = self.size
             self._fast.read_max = max(self._read_inline_max, 0)
@@ -298,6 +296,11 @@ class FileDevice(Device):
                 self._fast.ring_max = INLINE_READ_MAX
             self._set_quick()
         return self._fast
+
+    def _lend_windows(self, fast: FastFile) -> None:
+        windows = windows_of_loop()
+        if self._may_map and windows.takes(self._fd, self.size):
+            fast.windows = windows
 
     def _note_unfinished(
         self, offset: int, length: int, put: int, error: int, nr_before: int
@@ -345,7 +348,14 @@ class FileDevice(Device):
         self._may_map = False
         if self._fast is not None:
             await give_back(self._fast)
-        return await self.open_beside(self, name, read_only)
+        try:
+            return await self.open_beside(self, name, read_only)
+        except BaseException:
+            # This device goes on.
+            self._may_map = True
+            if self._fast is not None:
+                self._lend_windows(self._fast)
+            raise
 
     def share_lock(self) -> int:
         """Return a descriptor that keeps our lock for as long as it is open."""

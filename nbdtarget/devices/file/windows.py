@@ -16,6 +16,7 @@ A few at a time, because giving one back takes up to a tenth of a millisecond.
 
 import asyncio
 import os
+import threading
 from typing import Final
 
 from nbdtarget.common.clock import LoopClock, sleep
@@ -58,16 +59,16 @@ class FileWindows:
             self._watch()
 
 
-_of_loop: FileWindows | None = None
+_of_thread: Final = threading.local()  # `it`: of the loop that runs in this thread
 
 
 def windows_of_loop() -> Windows:
     """Return the windows of the running loop. The compiled modules are there."""
-    global _of_loop
     loop = asyncio.get_running_loop()
-    if _of_loop is None or _of_loop.loop is not loop:
-        _of_loop = FileWindows(loop)
-    return _of_loop.windows
+    found: FileWindows | None = getattr(_of_thread, "it", None)
+    if found is None or found.loop is not loop:
+        found = _of_thread.it = FileWindows(loop)
+    return found.windows
 
 
 async def give_back(fast: FastFile) -> None:

@@ -76,6 +76,7 @@ class FastFile:
     align: int
     fake_misses: int
     fake_error: int
+    fake_send_ns: int
     windows: Windows | None
     owner: int
 

@@ -10,6 +10,7 @@ WINDOW_BYTES: Final[int]
 
 class Windows:
     nr_mapped: int
+    nr_made: int
     nr_sent: int
 
     def __init__(

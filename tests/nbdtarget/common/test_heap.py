@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Free pages in the middle of the heap."""
 
+import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -41,3 +43,16 @@ def test_free_pages_between_used_ones_go_back_to_the_system() -> None:
 def test_other_libraries_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap, "_malloc_trim", None)
     heap.trim_heap()
+
+
+def test_process_that_gets_no_more_threads_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(heap, "_malloc_trim", lambda _: 0)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    heap.trim_heap()
+    assert "the heap is not trimmed: can't start new thread" in caplog.text

@@ -5,6 +5,7 @@ import ctypes
 import errno as errnos
 import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class Mapped(Bench):
         self.windows = Windows(8 * WINDOW, self.sweep_wanted, WINDOW, LENGTH)
         assert self.windows.takes(self.fd, SIZE)
         self.file.windows = self.windows
+        self.file.fake_send_ns = 1  # however busy the machine is
 
     def sweep_wanted(self) -> None:
         self.nr_wanted += 1
@@ -422,6 +424,89 @@ def test_windows_are_bounded_and_the_one_not_used_for_longest_goes(
     assert {at // WINDOW for at in offsets} == {0, 3, 4, 5}
     bench.file.windows = None
     assert not small.drop(bench.file.owner, 100)
+
+
+def test_most_reads_of_more_windows_than_there_are_are_copied(bench: Mapped) -> None:
+    """Mapping another window for each READ takes longer than copying it."""
+    length, nr_rounds = 4096, 64
+    small = Windows(4 * WINDOW, bench.sweep_wanted, WINDOW, length)
+    bench.file.windows = small
+    nr_windows = SIZE // WINDOW
+    assert nr_windows >= 8
+    for _ in range(nr_rounds):
+        for nr in range(nr_windows):
+            assert bench.turn(request(READ, nr * WINDOW, length)) == DONE
+            data = bench.content[nr * WINDOW :][:length]
+            assert bench.replies() == data_chunk(nr * WINDOW, data)
+    nr_bytes = nr_rounds * nr_windows * length
+    assert 4 < small.nr_made <= 4 + nr_bytes // (WINDOW // 2)
+    assert nr_rounds < small.nr_sent < nr_rounds * nr_windows
+    bench.file.windows = None
+    assert not small.drop(bench.file.owner, 100)
+
+
+def test_reads_one_after_the_other_of_a_large_file_have_windows(bench: Mapped) -> None:
+    small = Windows(4 * WINDOW, bench.sweep_wanted, WINDOW, LENGTH)
+    bench.file.windows = small
+    for at in range(0, SIZE, LENGTH):
+        assert bench.turn(request(READ, at, LENGTH)) == DONE
+        bench.replies()
+    assert small.nr_sent == SIZE // LENGTH
+    assert small.nr_made == SIZE // WINDOW
+    bench.file.windows = None
+    assert not small.drop(bench.file.owner, 100)
+
+
+def test_window_that_nothing_was_sent_from_is_swept(bench: Mapped) -> None:
+    os.fsync(bench.fd)
+    os.posix_fadvise(bench.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.pread(bench.fd, 4096, LENGTH - 4096)
+    os.posix_fadvise(bench.fd, 0, 4096, os.POSIX_FADV_DONTNEED)
+    bench.file.read_flags = 0
+    assert bench.turn(request(READ, 0, LENGTH)) == DONE
+    assert (bench.windows.nr_sent, bench.windows.nr_mapped) == (0, 1)
+    assert bench.nr_wanted == 1
+
+
+# ---- what takes long ----
+
+
+def reads_until_sent(bench: Mapped) -> int:
+    """READ until one is sent from a window; return how many were copied before it."""
+    before, nr = bench.windows.nr_sent, 0
+    while True:
+        assert bench.turn(request(READ, 0, LENGTH)) == DONE
+        assert bench.replies() == data_chunk(0, bench.content[:LENGTH])
+        if bench.windows.nr_sent > before:
+            return nr
+        nr += 1
+
+
+def test_after_sends_that_take_long_more_and_more_reads_are_copied(
+    bench: Mapped,
+) -> None:
+    bench.file.fake_send_ns = 1_000_001
+    copied = [reads_until_sent(bench) for _ in range(13)]
+    assert copied == [0, *((2 << nr) - 1 for nr in range(10)), 1024, 1024]
+    bench.file.fake_send_ns = 1_000_000
+    assert [reads_until_sent(bench) for _ in range(4)] == [1024, 0, 0, 0]
+    bench.file.fake_send_ns = 1_000_001
+    # Four sends that did not take long have halved it four times.
+    assert [reads_until_sent(bench) for _ in range(2)] == [0, 2 * 64 + 1]
+
+
+def test_file_that_cannot_be_mapped_now_is_mapped_later(bench: Mapped) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (size, limit[1]))
+    try:
+        stop = bench.turn(request(READ, 0, LENGTH))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert stop == DONE
+    assert bench.replies() == data_chunk(0, bench.content[:LENGTH])
+    assert (bench.windows.nr_sent, bench.windows.nr_mapped) == (0, 0)
+    assert reads_until_sent(bench) == 1
 
 
 def test_read_of_more_windows_than_there_are_is_copied(bench: Mapped) -> None:

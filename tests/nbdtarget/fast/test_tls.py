@@ -245,6 +245,20 @@ def test_closed_records_are_used_no_more() -> None:
     asking.close()
 
 
+def test_peek_that_finds_nothing_keeps_no_memory() -> None:
+    serving, asking = encrypted(*socket.socketpair())
+    records = serving.records
+    assert records is not None
+    before = records.nr_spare_bytes
+    with pytest.raises(BlockingIOError):
+        records.peek(100_000)
+    assert records.nr_spare_bytes == before
+    asking.send(b"question")
+    assert records.peek(100_000) == b"question"
+    serving._sock.close()
+    asking.close()
+
+
 def test_python_s_object_may_be_gone() -> None:
     serving, asking = encrypted(*socket.socketpair())
     records = serving.records

@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.server.buffers import Buffer, BufferPool
-from nbdtarget.server.spare_memory import LOOK_S, SpareMemory
+from nbdtarget.server.spare_memory import LOOK_S, QUIET_S, SpareMemory
 from tests.support.clock import SimClock
 
 KIB = 1 << 10
@@ -18,7 +18,10 @@ class Memory:
         self.clock = SimClock()
         self.pool = BufferPool(32 * MIB)
         self.nr_trims = 0
-        self.spare = SpareMemory(self.clock, self.pool, self.trim)
+        self.nr_batches = 0
+        self.spare = SpareMemory(
+            self.clock, self.pool, self.trim, lambda: self.nr_batches
+        )
 
     @property
     def has_timer(self) -> bool:
@@ -51,6 +54,7 @@ def test_buffers_that_nothing_needs_go_back(memory: Memory, length: int) -> None
     assert memory.pool.nr_kept_bytes == kept  # it came after the last look
     memory.clock.advance(LOOK_S)
     assert memory.pool.nr_kept_bytes == 0
+    memory.clock.advance(QUIET_S)
     assert memory.nr_trims == 1
 
 
@@ -76,8 +80,50 @@ def test_ends_of_connections_trim_the_heap_once_in_a_while(memory: Memory) -> No
     memory.clock.advance(10 * LOOK_S)
     assert memory.nr_trims == 1
     memory.spare.connection_ended()
-    memory.clock.advance(LOOK_S)
+    memory.clock.advance(LOOK_S + QUIET_S)
     assert memory.nr_trims == 2
+
+
+def test_heap_is_not_trimmed_while_requests_come(memory: Memory) -> None:
+    memory.spare.connection_ended()
+    for _ in range(5):
+        memory.clock.advance(LOOK_S)
+        memory.nr_batches += 1
+        memory.clock.advance(QUIET_S)
+        assert memory.nr_trims == 0
+    memory.nr_batches += 1  # between two looks
+    memory.clock.advance(LOOK_S)
+    memory.clock.advance(QUIET_S)
+    assert memory.nr_trims == 1
+    assert not memory.has_timer
+
+
+def test_client_that_ends_while_we_wait_for_quiet_is_looked_after(
+    memory: Memory,
+) -> None:
+    memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S)
+    memory.spare.connection_ended()
+    memory.clock.advance(QUIET_S)
+    assert memory.nr_trims == 1
+    memory.clock.advance(LOOK_S + QUIET_S)
+    assert memory.nr_trims == 2
+
+
+def test_pool_is_looked_after_though_the_heap_cannot_be_trimmed(
+    memory: Memory,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    memory.spare._trim = fail
+    memory.spare.connection_ended()
+    memory.give_back(memory.take(3))
+    memory.clock.advance(LOOK_S)
+    memory.pool.give_back(memory.pool.take(64 * KIB))
+    with pytest.raises(RuntimeError, match="thread"):
+        memory.clock.advance(QUIET_S)
+    assert memory.has_timer
 
 
 def test_idle_server_has_no_timer(memory: Memory) -> None:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of files that are mapped for long READs: when a file gets them, and when they are given back."""
 
+import asyncio
+import errno
 import fcntl
 import os
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import windows as file_windows
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.syscalls import lock_for_writing
 from nbdtarget.fast import compiled
-from tests.support.patience import until
+from tests.support.patience import PATIENCE_S, until
 from tests.support.plane import SIZE, Bench, data_chunk, request
 
 pytestmark = pytest.mark.skipif(
@@ -21,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 if compiled.IS_COMPILED:
     from nbdtarget_fast import DONE, Route
+    from nbdtarget_map import Windows
 
 READ = 0
 LENGTH = 64 << 10
@@ -108,6 +114,44 @@ async def test_file_that_is_opened_anew_has_no_windows_meanwhile(
     assert served.is_mapped
     served.bench.route.close()
     await device.close()
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+async def test_file_that_cannot_be_opened_anew_has_windows_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, *, is_made: bool
+) -> None:
+    served.read()
+    if not is_made:
+        served.bench.route.close()
+        served.device._fast = None
+        file_windows.windows_of_loop().drop(served.fast.owner, 100)
+
+    def probe(_: FileDevice) -> object:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(FileDevice, "_probe", probe)
+    with pytest.raises((OSError, NbdTargetError)):
+        await served.device.reopened(str(served.path), read_only=False)
+    assert not served.is_mapped
+    served.use(served.device)
+    served.path.read_bytes()
+    served.read()
+    assert served.is_mapped
+
+
+def test_each_thread_s_loop_keeps_its_windows() -> None:
+    async def twice(barrier: threading.Barrier) -> tuple[Windows, Windows]:
+        first = file_windows.windows_of_loop()
+        barrier.wait(timeout=PATIENCE_S)
+        return first, file_windows.windows_of_loop()
+
+    barrier = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(lambda: asyncio.run(twice(barrier))) for _ in range(2)]
+        (a, again_a), (b, again_b) = (run.result() for run in runs)
+    assert a is again_a
+    assert b is again_b
+    assert a is not b
 
 
 async def test_windows_that_are_not_used_are_given_back(
