@@ -83,12 +83,11 @@ async def serve_until_stopped(
     stop_timeout = options.stop_timeout
     if stop_timeout is None and config is not None:
         stop_timeout = config.stop_timeout
-    sockets = options.sockets
     limits = Limits() if config is None else config.limits
     daemon = Daemon(
         replace(limits, **options.limits),
         StopBounds.of(stop_timeout),
-        sockets if config is None else sockets.or_else(config.sockets),
+        _sockets_of(options, config),
         security_of(options.security, config),
         metrics=_metrics_of(options, config),
         trim=trim_heap,
@@ -164,6 +163,11 @@ async def _follow_config(daemon: Daemon, config: "Config") -> None:
     if not daemon.stop.is_set():
         daemon.follow_reloads(devices.reload_and_tell)
         daemon.follow_config(devices.pause, devices.start)
+
+
+def _sockets_of(options: ServeOptions, config: "Config | None") -> SocketOptions:
+    sockets = options.sockets
+    return sockets if config is None else sockets.or_else(config.sockets)
 
 
 def _metrics_of(options: ServeOptions, config: "Config | None") -> MetricsOptions:

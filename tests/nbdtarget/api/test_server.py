@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.api.hosts import OwnHost
 from nbdtarget.api.nbd_client import NbdError
 from nbdtarget.api.server import Server, table_line
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control.client import NoServerError
 from nbdtarget.control.status_fields import CacheFields, CloneFields
+from nbdtarget.server.listener import leave_heap
 
 MIB = 1 << 20
 
@@ -45,6 +47,14 @@ def test_table_that_cannot_be_made_is_refused(
 ) -> None:
     with pytest.raises(NbdTargetError, match=reason):
         table_line(*given)
+
+
+async def test_heap_of_the_program_that_has_a_server_is_left_alone() -> None:
+    async with Server() as server:
+        host = server._host
+        assert isinstance(host, OwnHost)
+        assert host._daemon is not None
+        assert host._daemon._listener._spare_memory._trim is leave_heap
 
 
 async def test_disk_is_as_large_as_the_file_below(tmp_path: Path) -> None:

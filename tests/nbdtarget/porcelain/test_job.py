@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nbdtarget.common.heap import trim_heap
 from nbdtarget.porcelain.cache import CacheJob, CacheOptions
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions
 from nbdtarget.porcelain.job import Job
@@ -58,6 +59,13 @@ def cache_job(recorder: Any) -> Job[Any]:
         mode="writeback",
     )
     return CacheJob(options, recorder)
+
+
+@pytest.mark.parametrize("make", [clone_job, cache_job])
+async def test_heap_of_a_job_s_process_is_trimmed(
+    recorder: Recorder, make: Callable[[Recorder], Job[Any]]
+) -> None:
+    assert make(recorder)._daemon._listener._spare_memory._trim is trim_heap
 
 
 @pytest.mark.parametrize("make", [clone_job, cache_job])
