@@ -108,7 +108,7 @@ class Opening:
         self._task = asyncio.create_task(self._run())
 
     def try_now(self) -> None:
-        """Do not wait any longer for the next attempt."""
+        """Do not wait any longer for the next attempt. `tried` is set when one that begins from now on has ended."""
         self.tried.clear()
         self._again.set()
 
@@ -135,7 +135,9 @@ class Opening:
             await opening.tried.wait()
         retry_s = RETRY_S_MIN
         while self._is_ours() and not await self._attempt():
-            self.tried.set()
+            if not self._again.is_set():
+                # An attempt that had begun before `try_now` says nothing of what is there now.
+                self.tried.set()
             try:
                 async with timeout(retry_s):
                     await self._again.wait()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The devices of a configuration file: made, and followed when it changes."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdtarget.common.clock import sleep, timeout
-from nbdtarget.common.errors import TableError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.config import devices, openings
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import ConfigError, read
@@ -400,3 +402,32 @@ async def test_device_left_suspended_by_a_refused_table_takes_the_old_table(
     assert await server.reload() == {**NOTHING, "loaded": ["c"]}
     async with timeout(PATIENCE_S):
         assert bytes(await device.read(0, 5)) == b"dirty"
+
+
+async def test_reload_does_not_take_the_answer_of_an_attempt_that_had_begun_before(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "RETRY_S_MIN", 0.0)
+    server.write(b="0 8 linear late.img 0")
+    await server.start()
+    fill, try_now = server.registry.fill, openings.Opening.try_now
+    has_failed, go_on = asyncio.Event(), asyncio.Event()
+
+    async def fill_late(name: str, table: str, **how: Any) -> None:
+        try:
+            await fill(name, table, **how)
+        except NbdTargetError:
+            has_failed.set()
+            await go_on.wait()
+            raise
+
+    def go_on_after_this(opening: openings.Opening) -> None:
+        try_now(opening)
+        go_on.set()
+
+    monkeypatch.setattr(server.registry, "fill", fill_late)
+    monkeypatch.setattr(openings.Opening, "try_now", go_on_after_this)
+    async with timeout(PATIENCE_S):
+        await has_failed.wait()
+        (tmp_path / "late.img").write_bytes(bytes(4096))
+        assert await server.reload() == {**NOTHING, "created": ["b"]}
