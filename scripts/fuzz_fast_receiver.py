@@ -2,7 +2,10 @@
 """Rounds of `make fuzz-fast` in which a `Receiver` is called, as by the event loop, and its connection does what it is told."""
 
 import os
+import random
 import select
+import socket
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +14,17 @@ from scripts.fuzz_fast_plane import POLL_NS, Round
 
 __all__ = ["ReceiverRound"]
 
+PACKET_MAX = 50_000
+
 
 class ReceiverRound(Round):
     """A Receiver over the plane of a `Round`; the other half of the connection is here."""
 
     def __init__(self, seed: int, folder: Path) -> None:
+        self.has_packets = random.Random(seed).random() < 0.5
         super().__init__(seed, folder)
         pick = self.random
+        self.asked: list[bool] = []  # what `has_no_losses` told in this call
         self.received_places = SimpleNamespace(begin=0, end=0, served=self._served)
         self.output = SimpleNamespace(base=0, end=0, sent_to=self._sent_to)
         self.is_broken = False
@@ -31,7 +38,7 @@ class ReceiverRound(Round):
             output=self.output,
             polling=SimpleNamespace(last=None),
             may_poll=lambda: pick.random() < 0.9,
-            has_no_losses=lambda: pick.random() < 0.9,
+            has_no_losses=self._has_no_losses,
             find_loop_fd=self._find_loop_fd,
             poll_ns=pick.choice((0, 0, 0, 0, 0, 0, 0, 1000, POLL_NS)),
             poll_streak=pick.choice((0, 1, 4)),
@@ -43,6 +50,40 @@ class ReceiverRound(Round):
             ended=lambda: None,
             failed=self._failed,
         )
+
+    def _sockets(self) -> tuple[socket.socket, socket.socket]:
+        """In half of the rounds each request is received by itself, though several are there: clients stay with the thread that syncs."""
+        if not self.has_packets:
+            return super()._sockets()  # type: ignore[return-value]  # without TLS
+        ours, peer = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        peer.setblocking(False)
+        return ours, peer
+
+    def _has_no_losses(self) -> bool:
+        self.asked.append(self.random.random() < 0.9)
+        return self.asked[-1]
+
+    def _call(self) -> None:
+        """Call the Receiver. It answers no FLUSH in a turn in which a loss must be told."""
+        before = self.plane.counted()[2][0]
+        self.asked.clear()
+        self.receiver()
+        nr_flushes = self.plane.counted()[2][0] - before
+        assert any(self.asked) or not nr_flushes, "a FLUSH was answered after a loss"
+
+    def _send_some(self, wire: bytes, at: int, starts: list[int]) -> int:
+        """Send a part of `wire` from `at` on. Returns how much was sent."""
+        if not self.has_packets:
+            return self.send(wire[at : at + 100_000])
+        sent, ends = 0, [*starts, len(wire)]
+        for begin, end in pairwise(ends):
+            if begin <= at + sent < end:
+                part = wire[at + sent : min(end, at + sent + PACKET_MAX)]
+                sent += self.send(part)
+                if self.owed:
+                    break  # `send` has Python receive it
+        return sent
 
     def _find_loop_fd(self) -> int:
         """Of an event loop that has sometimes something else to do, or is unknown."""
@@ -120,10 +161,10 @@ class ReceiverRound(Round):
             wire, starts = self.wire(nr, cut=0.05)
             at = 0
             while at < len(wire) and not self.is_dropped:
-                at += self.send(wire[at : at + 100_000])
+                at += self._send_some(wire, at, starts)
                 if self.owed:
                     continue
-                self.receiver()
+                self._call()
                 if pick.random() < 0.5:
                     self._reap()
                 self._sweep()

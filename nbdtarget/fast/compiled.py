@@ -34,7 +34,7 @@ __all__ = [
     "write_pieces",
 ]
 
-ABI: Final = 13  # the extension's must be the same; both change together
+ABI: Final = 14  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"

@@ -95,7 +95,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "PIECE_BYTES", "SPANS_MAX", "Copies", "CopyStream"]
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread

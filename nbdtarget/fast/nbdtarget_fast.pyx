@@ -17,11 +17,11 @@ of a client that has a FLUSH follow each one or two of them. Python takes them a
 
 A client that is alone and asks for one durable thing at a time would wait for Python twice, and for two threads that hand over to each other. So
 while the route says that a FLUSH of the device is a sync of one file (`Route.may_sync`), and the file has lent its `Syncer`, the sync is made in the turn (`_sync_alone`): the
-writing back begins at once, the thread of the Syncer syncs, and answers; the loop waits for it, up to `FastFile.sync_wait_ns`. A sync that fails, or takes longer, is Python's: it
+thread of the Syncer syncs, and answers; the loop waits for it, up to `FastFile.sync_wait_ns`. A sync that fails, or takes longer, is Python's: it
 learns of the sync (`sync_left`), and the request goes the usual way.
 
 That is two threads for each request, and each hands over to the other. So the thread goes on in the place of the loop (`_serve_on`), which still stands still: it waits for what the loop would
-wait for, the next request of the client and all other events (`loop_fd`), and serves the client alone, until something else comes, or for `stay_ns`. The loop looks at each of these syncs as at the first
+wait for, the next request of the client and all other events (`loop_fd`), and serves the client alone, until something else comes, or nothing for `stay_idle_ns`, or for `stay_ns`. The loop looks at each of these syncs as at the first
 one: if it takes too long, the loop goes on, and the thread touches nothing of the connection any more.
 
 In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
@@ -168,7 +168,7 @@ cdef extern from "nbdtarget_clock.h" nogil:
         int64_t ns
         int64_t slept_ns
     struct Rate "nbdtarget_rate":
-        pass
+        Moment since
     const bint HAS_TICKS "NBDTARGET_HAS_TICKS"
     int64_t now_ns "nbdtarget_now_ns"()
     int64_t ns_at "nbdtarget_ns_at"(const Rate *rate, uint64_t ticks)
@@ -219,7 +219,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -272,6 +272,8 @@ cdef enum:
     # it does not, twice as many READs are not waited for.
     WAIT_NS = 250000
     STAY_NS = 2000000  # a client may stay with the thread that syncs for so long: timers of the loop wait meanwhile
+    # So long it waits there for the next request. What the loop was told to call soon waits meanwhile, too, and nothing tells the thread of that.
+    STAY_IDLE_NS = 200000
     SPIN_NS = 20000  # so long the thread looks at the socket again and again, before it sleeps
     SPIN_SKIP_MAX = 512  # each time that it was in vain, twice as many requests are waited for asleep
     NOTHING_CAME = -2
@@ -351,7 +353,7 @@ cdef struct File:
     unsigned kick_penalty
 
 
-cdef int64_t nr_batches = 0  # that all Planes have received; only the loop's thread counts
+cdef int64_t nr_batches = 0  # that all Planes have received; the loop's thread counts, or the thread of a Syncer while that one stands still
 
 
 def batches_received():
@@ -366,6 +368,7 @@ CLOCKSOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
 cdef Moment imported = moment_now()
 cdef Rate found_rate
 cdef bint is_rate_found = False
+cdef Rate skewed_rate
 
 
 def choose_clock(clocksource=CLOCKSOURCE):
@@ -391,6 +394,18 @@ def choose_clock(clocksource=CLOCKSOURCE):
 def clock_ns():
     """For tests: the time, as requests are measured with it."""
     return now_ns()
+
+
+def skew_clock(int64_t ahead_ns):
+    """For tests: let the processor's counter tell the time, and be so far ahead of the clock, until `choose_clock` is called.
+
+    Returns: whether there is such a counter, whose rate is known.
+    """
+    if not HAS_TICKS or not rate_of(imported, moment_now(), &skewed_rate):
+        return False
+    skewed_rate.since.ns += ahead_ns
+    use_rate(&skewed_rate)
+    return True
 
 
 def ns_of_ticks(first, last, uint64_t ticks):
@@ -1208,6 +1223,7 @@ cdef class Plane:
         nr_syncs: requests that are done but for a FLUSH of the device; see `take_syncs`.
         loop_fd: is readable when the loop has something to do; -1: nothing tells that.
         stay_ns: so long a client may stay with the thread that syncs.
+        stay_idle_ns: so long the thread waits for its next request meanwhile.
     """
 
     cdef int sock
@@ -1250,7 +1266,7 @@ cdef class Plane:
     cdef object flush_for
     cdef readonly int nr_syncs
     cdef public int loop_fd
-    cdef public int64_t stay_ns
+    cdef public int64_t stay_ns, stay_idle_ns
     cdef uint64_t sync_cookies[SYNCS_MAX]
     cdef bint sync_is_flush[SYNCS_MAX]
     cdef int lone_sync  # in this turn: LONE_...
@@ -1289,6 +1305,7 @@ cdef class Plane:
         self.release()
         self.loop_fd = -1
         self.stay_ns = STAY_NS
+        self.stay_idle_ns = STAY_IDLE_NS
         self.tls = tls
         self.records = NULL if tls is None else &tls.records
         choose_clock()
@@ -1747,7 +1764,7 @@ cdef class Plane:
                     if file == NULL:
                         self.unsynced_length = 0
                     elif self.lone_sync and self.end - self.begin == request_bytes + <Py_ssize_t>length:
-                        # The thread is woken up first.
+                        # If it is synced for at once, the sync begins the writing back.
                         self.unsynced_at, self.unsynced_length = file_at, length
                     else:
                         self._kick(file, file_at, length)
@@ -1902,14 +1919,13 @@ cdef class Plane:
         elif self.records == NULL and self.loop_fd >= 0:
             self.stay_way = way
             self.stay_end = now_ns() + self.stay_ns
-            self.unsynced_length = 0
+        # Nothing is kicked beside the sync: an error could be told to the kick alone, and the thread would answer that all is well.
+        self.unsynced_length = 0
         # What must be encrypted is for the loop to send.
         sync_begin(
             file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES,
             <sync_next>serve_on if self.stay_way != NULL else NULL, <void *>self,
         )
-        if self.stay_way == NULL:
-            self._kick_ahead(file)  # otherwise all is the thread's now
         status = sync_end(file.job, file.sync_wait_ns, &sent)
         if status:
             file.is_left = True
@@ -1928,7 +1944,7 @@ cdef class Plane:
         self.out += SIMPLE_BYTES
 
     cdef int64_t _serve_on(self, ssize_t nr_sent, char *answer) noexcept nogil:
-        """In the thread of the Syncer, which has answered: serve until a request needs a sync. Returns when that was received, 0: there is none.
+        """In the thread of the Syncer, which has answered: serve until a request needs a sync. Returns how many ns ago that was received, at least 1; 0: there is none.
 
         The loop stands still, and waits for the next sync, or the end.
         """
@@ -1960,7 +1976,7 @@ cdef class Plane:
                     self.error = errno
                     self.stay_stop = STOP_FAILED
                 return 0
-            now = now_ns()
+            now = now_ns()  # perhaps of another clock than the one of the Syncer
             self.end += got
             nr_batches += 1
             if not self._is_one_to_store():
@@ -1977,13 +1993,14 @@ cdef class Plane:
                 cookie = htobe64(self.sync_cookies[0])
                 memcpy(answer + 8, &cookie, 8)
                 memcpy(<uint8_t *>self.arena.buf + self.out, answer, SIMPLE_BYTES)
-                return now
+                return max(now_ns() - now, 1)
 
     cdef ssize_t _receive_next(self, int64_t began) noexcept nogil:
-        """As recv, after waiting for the client, since now. NOTHING_CAME: not before the stay has to end."""
+        """As recv, after waiting for the client, since now. NOTHING_CAME: not for `stay_idle_ns`, or not before the stay has to end."""
         cdef uint8_t *into = <uint8_t *>self.received.buf + self.end
         cdef size_t room = self.received.len - self.end
         cdef int64_t now = began, looked
+        cdef int64_t end = min(self.stay_end, began + self.stay_idle_ns)
         cdef ssize_t got
         cdef int ready
         if self.spin_skip:
@@ -2007,7 +2024,7 @@ cdef class Plane:
                     break
             self.spin_penalty = min(2 * self.spin_penalty + 1, SPIN_SKIP_MAX)
             self.spin_skip = self.spin_penalty
-        ready = wait_for_either(self.sock, self.loop_fd, self.stay_end - now) if now < self.stay_end else 0
+        ready = wait_for_either(self.sock, self.loop_fd, end - now) if now < end else 0
         if ready > 0:
             return self._receive(into, room)
         if ready < 0:
@@ -2020,7 +2037,7 @@ cdef class Plane:
         self.stay_rest = STAY_REST
 
     cdef bint _is_one_to_store(self) noexcept nogil:
-        """Whether one whole request was received, and nothing else, which is a WRITE or a FLUSH."""
+        """Whether one whole request was received, and nothing else, which is a WRITE, or a FLUSH that may be synced for without Python."""
         cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
         cdef Py_ssize_t left = self.end - self.begin - self.request_bytes
         cdef uint16_t command
@@ -2030,7 +2047,8 @@ cdef class Plane:
         command = be16toh(command)
         if command == COMMAND_WRITE:
             return left == <Py_ssize_t>self._length(at)
-        return command == COMMAND_FLUSH and not left
+        # A FLUSH before which something was lost is Python's: it must fail.
+        return command == COMMAND_FLUSH and not left and self.lone_sync == LONE_ALL
 
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""

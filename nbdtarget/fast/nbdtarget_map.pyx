@@ -57,7 +57,7 @@ cdef extern from "<unistd.h>" nogil:
 
 __all__ = ["ABI", "LENGTH_MIN", "WINDOW_BYTES", "Windows"]
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     WAYS = 4  # windows that compete for the same places

@@ -167,7 +167,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "Ring", "is_available"]
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     PAGE = 4096  # buffers are aligned to it, which suits direct I/O of every disk

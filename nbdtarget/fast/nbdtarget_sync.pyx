@@ -76,7 +76,7 @@ cdef extern from *:
         size_t answer_length;
         ssize_t nr_sent;
         char answer[SYNC_ANSWER_MAX];
-        int64_t begun_ns; /* when this sync, or what comes before it, has begun */
+        int64_t begun_ns; /* when this sync, or what comes before it, has begun, of CLOCK_MONOTONIC */
         /* See `sync_begin`; NULL: the client is the loop's after the answer. */
         int64_t (*next)(void *context, ssize_t nr_sent, char *answer);
         void *context;
@@ -188,7 +188,7 @@ cdef extern from *:
     static int sync_ended(sync_job *job) {
         const unsigned waiter = sync_waiter(job);
         const uint64_t one = 1;
-        int64_t begun_ns = 0;
+        int64_t ago_ns = 0;
         if ((waiter & SYNC_WAITER_MASK) != SYNC_WAITS || !sync_pass(job, waiter, SYNC_CLAIMED)) {
             sync_become(job, SYNC_DONE);
             /* It never blocks: the counter is taken once for each sync. */
@@ -198,9 +198,9 @@ cdef extern from *:
         if (!job->status && job->answer_length)
             job->nr_sent = send(job->sock, job->answer, job->answer_length, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (!job->status && job->next)
-            begun_ns = job->next(job->context, job->nr_sent, job->answer);
-        if (begun_ns) {
-            sync_expect(job, begun_ns);
+            ago_ns = job->next(job->context, job->nr_sent, job->answer);
+        if (ago_ns) {
+            sync_expect(job, sync_now_ns() - ago_ns);
             return 0;
         }
         sync_become(job, SYNC_DONE);
@@ -255,7 +255,7 @@ cdef extern from *:
     enum:
         SYNC_PIECE_BYTES
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 PIECE_BYTES = SYNC_PIECE_BYTES
 
@@ -278,8 +278,8 @@ cdef void sync_begin(
         job: idle, and its thread has been started.
         length: of the answer; 0: the caller sends it.
         following: is called in the thread after an answer, with `context`, how much of the answer was sent, and where the next answer goes, of the same length.
-            It waits for the next request that needs a sync, and returns when that has begun, on the clock CLOCK_MONOTONIC; 0: there is
-            none. NULL: there is never one.
+            It waits for the next request that needs a sync, and returns how many ns ago that has begun, at least 1; 0: there is
+            none. Not when: the two modules may tell the time by different clocks. NULL: there is never one.
     """
     free(job.ranges)
     job.ranges = NULL

@@ -140,7 +140,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "SEAL_MAX", "TlsRecords", "take_over", "why_not"]
 
-ABI = 13  # of `nbdtarget.fast.compiled`
+ABI = 14  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     # Encrypted bytes, received with one system call. A peer may fill it with new keys, each of which takes 10 us.

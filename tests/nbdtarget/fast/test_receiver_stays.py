@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=f"{compiled.describe()}"
 )
 if compiled.IS_COMPILED:
-    from nbdtarget_fast import BLOCKED, CLOSED
+    from nbdtarget_fast import BLOCKED, CLOSED, choose_clock, skew_clock
 
 # Syncs after the loop had something else to do: the client does not stay.
 ALONE: Final = 16
@@ -47,7 +47,7 @@ class Staying(Durable):
     def __init__(self, path: Path, *, fd: int | None = None) -> None:
         super().__init__(path, fd=fd, stays=True, kind=socket.SOCK_SEQPACKET)
         self.loop.unregister(self.ours)  # what it has not received yet is nothing else
-        self.plane.stay_ns = LONG_NS
+        self.plane.stay_ns = self.plane.stay_idle_ns = LONG_NS
         self.until_alone()
 
     def until_alone(self) -> None:
@@ -120,6 +120,15 @@ def test_write_without_fua_is_answered_before_the_flush_that_follows(
     assert not staying.flushed
 
 
+def test_flush_after_a_loss_is_pythons(staying: Staying) -> None:
+    """It must fail, though it comes while a WRITE with FUA has the client stay."""
+    staying.losses = True
+    staying.turn(write(1, FUA), request(FLUSH, 0, 0), READ_ONE)
+    assert staying.flushed == [([], [7])]
+    assert staying.file.nr_synced == 1
+    assert staying.answers()[:1] == [ANSWER]
+
+
 def test_several_requests_at_once_are_for_the_loop(staying: Staying) -> None:
     staying.turn(write(4, FUA), write(1, FUA), write(2, FUA) + write(3, FUA))
     assert staying.answers() == [ANSWER, ANSWER]
@@ -170,6 +179,15 @@ def test_timers_are_waited_for(staying: Staying) -> None:
     staying.turn(write(2, FUA), write(1, FUA))
     assert staying.file.nr_synced == 1
     staying.turn()
+    assert staying.file.nr_synced == 2
+
+
+def test_client_that_asks_for_nothing_is_not_waited_for_long(staying: Staying) -> None:
+    staying.plane.stay_idle_ns = 1
+    staying.turn(write(2, FUA))  # else this takes as long as the stay
+    assert staying.answers() == [ANSWER]
+    assert staying.file.nr_synced == 1
+    staying.turn(write(1, FUA))
     assert staying.file.nr_synced == 2
 
 
@@ -245,6 +263,32 @@ def test_second_sync_that_takes_long_is_pythons(tmp_path: Path) -> None:
         if is_second:
             return
     pytest.fail("the first sync took long each time")
+
+
+def test_syncs_are_waited_for_with_one_clock(tmp_path: Path) -> None:
+    """Requests may be timed by the processor's counter, and it goes away from the clock over the months."""
+    if not skew_clock(LONG_NS):
+        pytest.skip("this processor has no counter that tells the time")
+    try:
+        test_second_sync_that_takes_long_is_pythons(tmp_path)
+    finally:
+        choose_clock()
+
+
+def test_nothing_is_kicked_beside_a_sync(tmp_path: Path) -> None:
+    """The kick could be told of an error, and the sync not, whose thread answers."""
+    synced = os.open(tmp_path, os.O_RDONLY)
+    durable = Durable(tmp_path / "disk", fd=synced)
+    durable.until_alone()
+    durable.replies()
+    with open("/dev/null", "r+b", buffering=0) as null:
+        os.dup2(null.fileno(), durable.fd)  # writing back of it cannot begin
+    told = durable.call(write(1, FUA))
+    assert not [each for each in told if each.startswith("kick")]
+    assert durable.replies() == ANSWER
+    assert durable.file.nr_synced == 1
+    durable.close()
+    os.close(synced)
 
 
 @pytest.mark.parametrize("stays", [True, False], ids=["stays", "polled"])
