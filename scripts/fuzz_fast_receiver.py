@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of `make fuzz-fast` in which a `Receiver` is called, as by the event loop, and its connection does what it is told."""
 
+import errno
 import os
 import random
 import select
@@ -142,10 +143,14 @@ class ReceiverRound(Round):
                 self._drop()
             else:
                 self.received_places.begin = begin
-        elif stop == self.fast.FAILED and self.plane.is_cut:
+        elif stop == self.fast.FAILED and (self.plane.is_cut or self._is_too_long()):
             self._drop()
         elif stop in (self.fast.CLOSED, self.fast.FAILED):
             raise AssertionError(f"the peer is there: {stop}")
+
+    def _is_too_long(self) -> bool:
+        """Whether the replies were too long for one packet."""
+        return self.has_packets and self.plane.error == errno.EMSGSIZE
 
     def _emptied(self) -> None:
         self.received_places.begin = self.received_places.end = 0
