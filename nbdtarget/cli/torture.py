@@ -181,11 +181,9 @@ def torture(
 
 def _run(options: "TortureOptions", *, json: bool) -> int:
     from nbdtarget.cli.progress.common import print_event, say
-    from nbdtarget.torture.mounts import have_own_mounts
     from nbdtarget.torture.session import torture
 
     with in_order():
-        have_own_mounts()
         result = torture(options, say)
     failure = result.failure
     if json:
@@ -241,12 +239,10 @@ def _print_outcome(outcome: "Outcome") -> None:
 
 
 def _replay(case: str, image: str | None, check_timeout: float) -> int:
-    from nbdtarget.torture.mounts import have_own_mounts
     from nbdtarget.torture.session import replay
 
     kept = None if image is None else Path(image)
     with in_order():
-        have_own_mounts()
         recording, cut, outcome = replay(Path(case).absolute(), kept, check_timeout)
     print(
         f"{shlex.join(recording.command)}: the power went before flush {cut.flush} had ended: {cut.how}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """File systems in files, mounted by the kernel. That takes root and loop devices, and this module says so.
 
-A process that calls `have_own_mounts` first leaves no mount and no loop device behind, even if it is killed.
+A mount is one of the whole machine. In a mount namespace of its own, the last process of a command that was killed would unmount it:
+if that is nbdfuse, which serves the disk below, it waits for itself for ever, and so does each later `mount -o loop` of the machine.
 """
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -19,7 +19,6 @@ from nbdtarget.common.errors import NbdTargetError
 __all__ = [
     "FILE_SYSTEMS",
     "MountError",
-    "have_own_mounts",
     "make_file_system",
     "mounted",
     "why_no_mounts",
@@ -33,11 +32,6 @@ FILE_SYSTEMS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
 }
-
-# Of <sched.h> and <sys/mount.h>. os.unshare is there from Python 3.12 on.
-_CLONE_NEWNS: Final = 0x00020000
-_MS_REC: Final = 0x4000
-_MS_PRIVATE: Final = 1 << 18
 
 BUSY_S_MAX: Final = 5.0
 RETRY_S: Final = 0.05
@@ -61,23 +55,6 @@ def why_no_mounts(file_system: str) -> str:
         if shutil.which(each) is None
     ]
     return f"not installed: {', '.join(missing)}" if missing else ""
-
-
-def have_own_mounts() -> None:
-    """From now on what this thread mounts is seen by it, by threads that it starts, and by their children, and by no other process.
-
-    The kernel unmounts it when the last of them has ended, in whatever way, and releases the loop devices below. It takes root: for
-    other users nothing is changed, and `why_no_mounts` says what is missing. Raises: MountError: this root may not mount.
-    """
-    if os.geteuid() != 0:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Private: else the machine would see these mounts, too, where its own ones are shared.
-    if libc.unshare(_CLONE_NEWNS) or libc.mount(
-        b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None
-    ):
-        reason = os.strerror(ctypes.get_errno())
-        raise MountError(f"mounts of its own for this process: {reason}")
 
 
 def make_file_system(file_system: str, image: Path) -> None:

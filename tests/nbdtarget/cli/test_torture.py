@@ -8,7 +8,7 @@ import pytest
 
 from nbdtarget.cli import torture as command
 from nbdtarget.cli.app import run
-from nbdtarget.torture import mounts, session
+from nbdtarget.torture import session
 from nbdtarget.torture.cuts import Cut
 from nbdtarget.torture.recording import Recording
 from nbdtarget.torture.session import Failure, Result, TortureOptions
@@ -25,11 +25,6 @@ FAILURE = Failure(
     Path("/r c/case-1.json"),
 )
 PASSED = Result(271, 133, 30, 200, 0.5, 12.25, None)
-
-
-@pytest.fixture(autouse=True)
-def _mounts_of_this_process_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "have_own_mounts", lambda: None)
 
 
 @pytest.fixture

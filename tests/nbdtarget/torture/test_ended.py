@@ -2,7 +2,6 @@
 """`nbdtarget torture` is ended by a signal: no mount, no loop device and no file is left, and no program that it has started."""
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -93,16 +92,3 @@ def test_ended_in_order(told: Path, phase: str, number: signal.Signals) -> None:
     wait_until(lambda: not any(list(uses(folder)) for folder in folders))
     assert list((told.parent / "temporary").iterdir()) == []
     assert not mounted_at.parent.exists()
-
-
-def test_killed(told: Path) -> None:
-    """Its files are left then, but they use nothing of the machine."""
-    process = start("check", told)
-    folder = Path(told.read_text().strip()).parent
-    try:
-        process.kill()
-        process.wait()
-        wait_until(lambda: not list(uses(folder)))
-        assert (folder / "mnt").is_dir()
-    finally:
-        shutil.rmtree(folder)
