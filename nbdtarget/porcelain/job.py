@@ -215,7 +215,7 @@ class Job(Generic[P]):
         if _has_lost_any(device, table):
             self._has_failed = True
         if must_leave_at_once():
-            # A device that hangs would hang again, whatever is asked of it.
+            # A device that hangs does not answer `_ended` either.
             has_failed = self._has_failed or not self._daemon.is_committed
         else:
             await self._ended(plan)

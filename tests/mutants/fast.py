@@ -182,7 +182,7 @@ FAST: Final = (
     ),
     Mutant(
         "windows-are-kept-for-ever",
-        "A server that nobody uses any more keeps a GiB of pages mapped, and nobody can drop them.",
+        "An idle server keeps a GiB of pages mapped, which the kernel then counts as its memory.",
         "nbdtarget.devices.file.windows:FileWindows._sweep",
         (("        elif self.windows.nr_mapped:\n            self._watch()\n", ""),),
         WINDOWS,

@@ -30,7 +30,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def work(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the disks are. The sockets are in `runtime`, whose path is short wherever temporary files are."""
+    """Where the disks are. The sockets are in `runtime`: the path of a socket has a limit, and the temporary folder may have a long one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)

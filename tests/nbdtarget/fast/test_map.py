@@ -318,7 +318,9 @@ def test_nothing_that_waits_for_the_socket_is_in_a_window(bench: Mapped) -> None
     before = bytes(bench.content[:LENGTH])
     bench.turn(request(READ, 0, LENGTH))
     assert bench.plane.out - bench.plane.base > 0
-    os.pwrite(bench.fd, os.urandom(LENGTH), 0)  # after the turn: nobody may see it
+    os.pwrite(
+        bench.fd, os.urandom(LENGTH), 0
+    )  # after the turn: no reply may hold these bytes
     received = bench.replies() + bench.unsent()
     assert received == filler + data_chunk(0, before)
 
