@@ -346,12 +346,12 @@ class FileDevice(Device):
         if self.read_only and not read_only:
             return None  # our lock is not enough
         self._may_map = False
-        if self._fast is not None:
-            await give_back(self._fast)
         try:
+            if self._fast is not None:
+                await give_back(self._fast)
             return await self.open_beside(self, name, read_only)
         except BaseException:
-            # This device goes on.
+            # This device goes on, also when the caller was cancelled.
             self._may_map = True
             if self._fast is not None:
                 self._lend_windows(self._fast)
