@@ -35,7 +35,7 @@ BYTES_MAX: Final = 512  # of one case
 
 def run_child(fuzzer: str, arguments: Sequence[str]) -> None:
     """Be the fuzzer: does not return. Args: arguments: of libFuzzer."""
-    import atheris  # type: ignore[import-untyped, unused-ignore]  # here: it is installed by those who want it
+    import atheris  # type: ignore[import-untyped, unused-ignore]  # imported here, because it need not be installed
 
     for name in [*sys.modules]:
         if name.startswith((*INSTRUMENTED, "tests.support.")):

@@ -10,7 +10,7 @@
 Theory of operation. A rule is an access (`rw`, `ro`, `none`) and conditions, which must all hold:
 
     cert:GLOB    a name in the client's certificate: subject CN or any SAN, as it is written there. The listener
-                 must verify certificates (--tls-verify-peer), else nobody has a name
+                 must verify certificates (--tls-verify-peer), otherwise no client has a name
     uid:USER, gid:GROUP    of the client's process when it connected, as the kernel tells (SO_PEERCRED, SO_PEERGROUPS)
     net:NETWORK  the address of a TCP client; ADDRESS or ADDRESS/BITS
     tls          the connection is encrypted

@@ -15,15 +15,15 @@ _RARELY: Final = 50_000  # new objects; a look then takes 2 or 3 ms
 
 
 def look_rarely() -> None:
-    """While a program starts; also for as long as a command runs that serves nobody."""
+    """Let Python look for garbage rarely: while a program starts, and while a command runs that serves no client."""
     gc.set_threshold(_RARELY, *_USUAL[1:])
 
 
 def look_as_usual() -> None:
-    """Before a server serves."""
+    """Let Python look for garbage as often as usual. A server calls this before it serves."""
     gc.set_threshold(*_USUAL)
 
 
 def look_no_more() -> None:
-    """Before the process ends, whose memory the kernel takes back: Python would look through all modules twice, which took a server 40 ms."""
+    """Keep Python from looking through all modules before the process ends. It would do so twice, which took a server 40 ms."""
     gc.freeze()

@@ -10,7 +10,7 @@ scheduler ends the slice, some milliseconds.
 It is not SCHED_IDLE: where other programs compute on all processors, that would leave a hydration next to nothing, and a client that
 waits for a lock of the file would wait for it.
 
-Nobody needs a privilege for any of this. Where it is forbidden (by a filter of system calls) the work is only less polite.
+None of this needs a privilege. Where it is forbidden (by a filter of system calls), background work competes with clients as before.
 """
 
 import os

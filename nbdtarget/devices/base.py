@@ -331,9 +331,9 @@ class Device:
         """
 
     async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
-        """Hint that nobody will need what was written to `ranges` (begin, end) soon.
+        """Hint that the data written to `ranges` (begin, end) will not be needed soon.
 
-        Begin to write them back; wait until those of an earlier call have been written, and drop these from
+        Begin to write these ranges back; wait until those of an earlier call have been written, and drop the earlier ones from
         the page cache. Without ranges, wait for those of all calls before. One call at a time. Promises nothing.
         """
 

@@ -3,7 +3,7 @@
 
 Each name is a field of `Limits`, so it has a default; it is a key in the section `limits` of the configuration file, it has an entry in
 `docs/reference/configuration.md`, and metrics tell its value and how often it was met (`nbdtarget_limit`,
-`nbdtarget_limit_met_total`). A test walks through all of them. The other fields of `Limits` say how the server works, and keep nobody out (`INNER`).
+`nbdtarget_limit_met_total`). A test walks through all of them. The other fields of `Limits` say how the server works, and refuse no client (`INNER`).
 
 A bound is *met* when a connection is refused or ended because of it, when it begins to wait, or when one of its requests is refused.
 """
@@ -34,7 +34,7 @@ BOUNDS: Final = (
     "payload_max",
 )
 
-# The kernel meets it, and tells nobody which server it was.
+# The kernel enforces this bound, and does not tell which server it was.
 UNCOUNTED: Final = ("backlog_max",)
 
 INNER: Final = (

@@ -241,7 +241,7 @@ class Output:
 
 
 def _nothing() -> None:
-    """Nobody wants to know what is queued."""
+    """Do nothing: no caller has asked to be told of queued replies."""
 
 
 def is_gone(error: OSError) -> bool:

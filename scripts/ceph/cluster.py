@@ -2,7 +2,7 @@
 """`Cluster`: one monitor and one OSD of Ceph, from Debian's packages, in a folder, on 127.0.0.1 only.
 
 The OSD keeps its objects in a plain file (BlueStore). There is no manager: statistics are missing, and nothing here asks for them. Authentication is off, because
-nobody but this machine can connect, and pools have one copy of each object. All of it ends with the process that has started it, also by SIGKILL.
+only this machine can connect, and pools have one copy of each object. All of it ends with the process that has started it, also by SIGKILL.
 """
 
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab, closed in the end, with the metadata checked: whatever a test has done."""
+"""The fixture `lab`. After each test the lab is closed and its metadata is checked."""
 
 from collections.abc import AsyncIterator
 

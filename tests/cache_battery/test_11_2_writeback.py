@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checklist 11.2, items 1 to 9 and 11: what is written back, when, and that nothing is lost.
+"""Checklist 11.2, items 1 to 9 and 11: which blocks are written back, when, and that no data is lost.
 
 The kernel's own battery, sizes and times scaled down; time is simulated.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab, closed in the end: whatever a test has done, everything comes to rest."""
+"""The fixture `lab`. After each test the lab is closed, and waits until all work has ended."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

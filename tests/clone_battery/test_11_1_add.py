@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checklist 11.1, "Add": what no suite of the kernel has."""
+"""Checklist 11.1, "Add": cases that no test suite of the kernel has."""
 
 import errno as errnos
 
@@ -111,7 +111,7 @@ async def test_11_1_add_second_flush_is_elided(lab: Lab) -> None:
 
 
 async def test_11_1_add_second_flush_is_not_elided(lab: Lab) -> None:
-    # A status has just committed: the FLUSH finds nothing changed and goes down by itself.
+    # The status request has just committed, so the FLUSH finds nothing changed and goes down without a commit.
     lab.make_files(SIZE)
     device = await lab.create(SIZE, NO_HYDRATION)
     await device.write(0, b"x" * REGION)
@@ -133,7 +133,7 @@ async def test_11_1_add_threshold_limits(lab: Lab, threshold: int) -> None:
     source = lab.spies["source"]
     source.hold = True
     await device.message(0, ["enable_hydration"])
-    # Looking for holes asks the file system, in a worker: settle until nothing is new.
+    # A worker asks the file system for holes: settle until the log stays the same.
     if threshold:
         await lab.until(lambda: len(source.held) == threshold)
     await settle(200)

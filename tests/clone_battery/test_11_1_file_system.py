@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checklist 11.1, item 11: a file system keeps its files through all states of its clone.
 
-Nobody is root here, so nothing is mounted: file systems are made and filled by their mkfs,
+The tests do not run as root, so they mount nothing: file systems are made and filled by their mkfs,
 trimmed by discarding what their own tools call free, and checked and read by those tools.
 """
 
@@ -33,7 +33,7 @@ def run(*argv: str | Path) -> str:
 
 
 def make_file_system(kind: str, lab: Lab) -> str:
-    """Make one with a file in it on the source; return the digest of the file."""
+    """Make a file system with a file in it on the source; return the digest of the file."""
     content = hashlib.shake_128(kind.encode()).digest(5 * MIB)
     files = lab.work / "files"
     files.mkdir()
@@ -49,7 +49,7 @@ def make_file_system(kind: str, lab: Lab) -> str:
 
 
 def free_extents(kind: str, image: Path) -> list[tuple[int, int]]:
-    """What the file system does not use: (offset, length) in bytes."""
+    """Return the ranges that the file system does not use: (offset, length) in bytes."""
     extents = []
     if kind == "ext4":
         for line in re.findall(r"^  Free blocks: (.*)$", run("dumpe2fs", image), re.M):
@@ -117,7 +117,7 @@ async def test_11_1_11_filesystem_test(lab: Lab, kind: str) -> None:
     device = await lab.create(size, f"{REGION // 512} 1 no_hydration")
     seen = lab.work / "seen"
     assert digest_of_file(kind, await read_out(device, seen)) == digest
-    # fstrim: what nobody uses is hydrated at no cost.
+    # fstrim: regions that the file system does not use are hydrated without a copy.
     for offset, length in free_extents(kind, lab.work / "source"):
         await device.discard(offset, length)
     trimmed, regions = map(int, (await lab.status())[3].split("/"))

@@ -24,10 +24,10 @@ from tests.support.crash.cache_rigs import CacheRig
 
 __all__ = ["small_blocks_that_take_their_time"]  # a fixture, for each test here
 
-# How much is served at once, and the seed of what is not; each fourth tears at 4 KiB.
+# The share of bios that are served at once, and the seed of the others. Each fourth disk tears writes at 4 KiB.
 ORDERS = [(1.0, 0), *((0.0, seed) for seed in range(30))] if DEEP else [(0.0, 3)]
 
-# What another rig goes through, too, takes its turn in `make test-long`.
+# These workloads are also run by another rig, so they run in `make test-long` only.
 TWICE = [(LogRig, demotion_and_reuse), (ThroughLogRig, write_through)]
 
 

@@ -65,7 +65,7 @@ def settled(driver: Driver) -> None:
 
 
 def prepare(driver: Driver, rig: FailingRig, state: str) -> None:
-    """Block 0 as `state` says, and what it holds flushed."""
+    """Bring block 0 into the state that `state` names, and flush its data."""
     driver.write(0, 2 * BLOCK_SIZE, fua=False)
     if state != "not cached":
         driver.drain()
@@ -86,7 +86,7 @@ def prepare(driver: Driver, rig: FailingRig, state: str) -> None:
         driver.flush()
         settled(driver)
         if target._blocks.distrusts_cache:
-            # What it had not flushed is gone: the copy is older than the origin.
+            # The cache device loses its unflushed data: the copy is older than the origin.
             rig.cache._stable[:] = before
             rig.cache._cache.clear()
 
@@ -110,7 +110,7 @@ def run_case(
     fua: bool,
     is_whole: bool,
 ) -> Counter[str]:
-    """Returns what has happened. Raises: Violation, AssertionError."""
+    """Run one case. Returns a word for its outcome. Raises: Violation, AssertionError."""
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
     rig = FailingRig(seed, rng.choice([0.0, 0.5, 1.0]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planted liars in a cache: each breaks one of J1 to J8, and that very invariant must say so.
+"""Bugs planted in a cache: each breaks one of J1 to J8, and the check of that invariant must fail.
 
 They are tried on the workloads of the crash matrix and what its cuts leave, then on random walks.
 """
@@ -60,20 +60,20 @@ async def promote_something(migrations: Migrations, work: Work) -> bool:
 
 
 async def start_later(activation: Activation) -> None:
-    """J5: lets I/O come while the disk says that everything is exact."""
+    """J5: admits I/O while the metadata on disk still say that the shutdown was clean."""
     activation._parts.metadata.may_change = True
 
 
 def trust_dirty_bits(
     metadata: CacheMetadata, superblock: Any, loaded: Any, **more: Any
 ) -> None:
-    """J6: after an unclean stop, what is dirty is not known, but taken to be nothing."""
+    """J6: after an unclean stop, all blocks count as clean, although that is not known."""
     loaded.dirty.setall(0)
     original_init(metadata, superblock=superblock, loaded=loaded, **more)
 
 
 def clean_silently(blocks: Blocks, cblock: int) -> None:
-    """J7: tells the policy, and nobody else, that a block is clean."""
+    """J7: tells the policy alone that a block is clean."""
     was_dirty = blocks.metadata.dirty[cblock]
     blocks.metadata.set_clean(cblock)
     if was_dirty:

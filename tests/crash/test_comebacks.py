@@ -94,18 +94,18 @@ FATES = (Fate.KEEP, Fate.KEEP, Fate.DROP, Fate.TEAR, Fate.MIXED)
 
 
 class Watching(Invariants):
-    """Nothing but the oracle: the invariants of a life believe in disks that stay."""
+    """Checks no invariant, because all of them assume disks that stay. The oracle alone decides."""
 
     may_differ = True
 
     def watch(self, target: object) -> None:
-        """Nothing."""
+        """Do nothing: no invariant is checked."""
 
     watch_jobs = watch
 
 
 class _Comebacks:
-    """What makes a rig one whose disks go and come back; the rig itself is the other base.
+    """Makes a rig one whose disks go and come back. The rig itself is the other base class.
 
     Attributes:
         is_hurt: something has failed, or is gone, since a table was last loaded in health.
@@ -139,7 +139,7 @@ class _Comebacks:
         return rig
 
     def check_survivors(self, model: DiskModel, promised: object) -> None:
-        """What is on the disks shows when it is read after the start."""
+        """Check nothing here: the disks are read after the start."""
 
     def _check_refusal(self, error: TableError, before: CacheTarget | None) -> None:
         """Only passthrough is refused, unless a disk is unwell."""
@@ -209,7 +209,7 @@ class ComebackDriver(CacheDriver):
         self._submit(Bio(OP_FLUSH, 0, 0, None, 0, ended), -1, 0)
 
     def discard_loop(self) -> None:
-        """What is under way has happened or not: a dead process changes nothing any more."""
+        """End the process. Each request under way has been carried out or not; none is carried out later."""
         self.in_flight.clear()
         self.call_inside(self.rig.openings.die)
         super().discard_loop()
@@ -294,14 +294,14 @@ class ComebackDriver(CacheDriver):
 
     @property
     def is_well(self) -> bool:
-        """Whether each disk would serve whoever opens it now."""
+        """Whether each disk would work if it were opened now."""
         disks = self.rig.openings.disks.values()
         return not self.rig.gone and all(disk.lie is None for disk in disks)
 
     # ---- what an operator does ----
 
     def attempt(self, what: str, verb: Coroutine[Any, Any, None]) -> bool:
-        """Returns whether it was done. Raises: AssertionError: it had to be."""
+        """Try a verb. Returns whether it succeeded. Raises: AssertionError: it failed, although it had to succeed."""
         self.unhang()
         was_well = self.is_well
         try:
@@ -334,7 +334,7 @@ class ComebackDriver(CacheDriver):
 
     @property
     def is_writable(self) -> bool:
-        """As the status line says; linear always is."""
+        """Whether the status line says `rw`. A linear device is always writable."""
         words = self.run(self.rig.status()).split()
         return not words or "rw" in words
 
@@ -387,7 +387,7 @@ class ComebackDriver(CacheDriver):
         self.model.observe(content)
 
     def check_metadata(self) -> None:
-        """Nothing may ask for a tool when no metadata device has failed."""
+        """Check that no metadata needs an offline tool, if no metadata device has failed."""
         metadata = self.rig.openings.disks.get("/metadata")
         if metadata is None or self.rig.is_metadata_hurt:
             return

@@ -25,7 +25,7 @@ from tests.support.crash.clone_matrix import (
 )
 from tests.support.crash.lazy_device import LazyDevice
 
-# How much is served at once, and the seed of what is not; each fourth: disks that tear at 4 KiB.
+# The share of bios that are served at once, and the seed of the others. Each fourth disk tears writes at 4 KiB.
 QUICK = [(1.0, 0), (0.0, 3)]
 LONG = [(0.0, seed) for seed in range(30)] if DEEP else [(0.0, 0), (0.0, 1)]
 

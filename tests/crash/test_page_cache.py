@@ -154,7 +154,7 @@ class Walk:
         images = tuple(each.image() for each in old)
         rig = driver.rig.reboot(rng.randrange(1 << 30), images)
         for each in old:
-            each.cut_power()  # what its tasks still do on their way out reaches nothing
+            each.cut_power()  # the tasks that are being ended reach no disk
         driver.discard_loop()
         driver.suspended = False
         driver.loop = driver._new_loop()
@@ -165,14 +165,14 @@ class Walk:
         try:
             driver.run(rig.start())
         except (*REFUSALS, MetadataError):
-            return False  # needs_check, say: nobody has been promised anything since
+            return False  # for example needs_check; no client has been promised anything since
         content = driver.run(rig.disk.read(0, driver.model.size))
         driver.model.check_survivor(content)
         driver.model.settle(content)
         return True
 
     def _open(self, device: PageCacheDevice) -> None:
-        """The opening that finds an error which nobody has seen is refused; the next is not."""
+        """Open the device. An opening that finds an error not yet reported is refused; the next one is not."""
         stay = self._stay(device.name)
         try:
             device.open_again(stay)
@@ -182,7 +182,7 @@ class Walk:
 
     def _stay(self, name: str) -> Stay:
         if name == "/metadata" and self.rng.random() < 0.5:
-            return Stay.UNTOLD  # there the first commits of the resume must do
+            return Stay.UNTOLD  # then the first commits of the resume alone must keep the flushed data
         return self.rng.choice([Stay.NONE, Stay.MAPPED])
 
 
@@ -213,7 +213,7 @@ def test_a_cache_that_is_restarted_after_an_io_error_keeps_its_word(
 
 
 def test_page_cache_shows_what_was_written_over_a_lie() -> None:
-    """Also when another part of the page is written after that."""
+    """The page stays right when another part of it is written after that."""
     device = PageCacheDevice(PAGE, 1, inline_chance=1.0)
     ended: list[int] = []
 
@@ -243,11 +243,11 @@ class FailsItsSuperblock:
             disk(device).fails = True
 
     def finished(self, device: Any, bio: Bio, errno: int) -> None:
-        """That changes nothing."""
+        """Do nothing: `started` has made the device fail."""
 
 
 def at_once(superblock: CloneSuperblock) -> Steps[None]:
-    """Both copies in flight together: then both may be lies, and equal."""
+    """Write both copies at the same time: then both may be lies, and equal."""
     yield superblock_writes(superblock)
 
 
@@ -256,7 +256,7 @@ def at_once(superblock: CloneSuperblock) -> Steps[None]:
 def test_flush_survives_a_superblock_read_from_the_page_cache(
     stay: Stay, in_turn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of the copies and the first commits of a resume: each alone is enough for that."""
+    """Two measures prevent the loss: the order of the copies, and the first commits of a resume. Each is enough alone."""
     walk = Walk(QuietCloneRig, 1)
     if not in_turn:
         monkeypatch.setattr("nbdtarget_metadata.log.commit.write_superblock", at_once)
@@ -272,7 +272,7 @@ def test_flush_survives_a_superblock_read_from_the_page_cache(
     assert metadata.lies, "the newest superblock is in the page cache only"
     monkeypatch.setattr(walk, "_stay", lambda _: stay)
     assert walk.restart(is_up=False)
-    # To the destination alone, unless what was read of the metadata is written first.
+    # The write goes to the destination alone, unless the metadata that was read is written first.
     driver.write(3 * REGION_SIZE, REGION_SIZE, fua=False)
     driver.flush()
     driver.drain()
@@ -306,7 +306,7 @@ def test_load_writes_nothing_and_an_idle_disk_does_no_io(
     driver.run(load_alone())
     assert written() == []
     driver.run(rig.resume())
-    # Both copies of both slots, each after the other, and nothing but them.
+    # Only the two copies of the two slots are written, one after the other.
     slots = [at // PAGE for at in written()]
     assert sorted(slots) == [0, 1, 2, 3]
     assert [block % 2 for block in slots] in ([0, 0, 1, 1], [1, 1, 0, 0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planted bugs: each breaks one promise, and the check that is there for it must say so.
+"""Planted bugs: each breaks one promise, and the check of that promise must fail.
 
 A bug of an invariant is caught by that very invariant, on the workloads of the crash matrix;
 bugs of the devices and of the order of a commit by the hypothesis machine, too.
@@ -53,7 +53,7 @@ class FlushesLate(NoDestinationFlush):
 
 
 class MovesTheSource(Hydrator):
-    """I2: gives the source up, once it is copied."""
+    """I2: discards a range of the source after it was copied."""
 
     async def _fill(
         self,
@@ -68,7 +68,7 @@ class MovesTheSource(Hydrator):
 
 
 class ForgetsItsBits(CloneTarget):
-    """I3: region 3 is not hydrated any more, once it was committed."""
+    """I3: forgets that region 3 is hydrated, after that was committed."""
 
     def _committed(self) -> None:
         super()._committed()
@@ -91,14 +91,14 @@ class NoLocks(Prison):
         return cell
 
     def release(self, cell: Cell) -> None:
-        """Nobody waits."""
+        """Do nothing: every lock is granted at once, so no lock waits."""
 
     def held(self, begin: int, end: int) -> list[tuple[int, int]]:
         return [(begin, end)]
 
 
 class FlushesTwice(CloneTarget):
-    """I5: one FLUSH, two flushes."""
+    """I5: flushes the destination twice for one FLUSH."""
 
     def _map_flush(self, bio: Bio) -> int:
         answer = super()._map_flush(bio)
@@ -119,7 +119,7 @@ class WritesAtEachFlush(CloneTarget):
 
 
 class FlushesAgain(Committer):
-    """I6: the commit has flushed the destination, and here is another one."""
+    """I6: flushes the destination again, after the commit has done so."""
 
     async def _commit_transaction(self, transaction: Transaction) -> None:
         await super()._commit_transaction(transaction)
@@ -137,7 +137,7 @@ class EarlyWord(Committer):
 
 
 class LosesCount(Hydration):
-    """I7: takes each job for the only one."""
+    """I7: counts each job as if it were the only one."""
 
     def _start(
         self, begin: int, end: int, holes: Holes, *, is_wanted: bool = False

@@ -84,7 +84,7 @@ class StripedRig(LinearRig):
         )
 
     def laid_out(self, content: bytes) -> bytes:
-        """What the device holds when the disk holds `content`."""
+        """Return the bytes of the device when the disk holds `content`."""
         image = bytearray(content)
         for sector in range(self.striped):
             at = self.place(sector) * SECTOR
@@ -92,7 +92,7 @@ class StripedRig(LinearRig):
         return bytes(image)
 
     def place(self, sector: int) -> int:
-        """Where a sector of the disk lies on the device."""
+        """Return the sector of the device at which a sector of the disk lies."""
         row, rest = divmod(sector, 9)
         stripe, within = divmod(rest, 3)
         return stripe * 18 + row * 3 + within
@@ -153,7 +153,7 @@ def cycle(driver: Driver, fate: str, seed: int) -> None:
 
 
 def drain_reads(driver: Driver) -> None:
-    """The driver takes no failing read: let them end before the power goes."""
+    """Wait for the reads before the power is cut, because the driver does not accept a failing read."""
     while any(bio.op == 0 for bio in driver.in_flight):
         driver.turn(1)
 
@@ -169,7 +169,7 @@ def test_machine_catches_a_powercut_that_does_not_flush(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def nothing(*_: object) -> None:
-        """A flush that brings nothing to the medium."""
+        """Write nothing to the medium, in place of a flush."""
 
     monkeypatch.setattr(
         "nbdtarget.targets.powercut.target.PowercutTarget._write_back", nothing

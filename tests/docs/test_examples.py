@@ -17,7 +17,7 @@ PROGRAM: Final[Any] = typer.main.get_command(make_app())
 PAGES: Final = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # Typer brings its own click in some versions: its exceptions are reached through Typer.
 USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]
-# What begins another command of the shell, or says where output goes.
+# These words begin another command of the shell, or say where output goes.
 _ENDS: Final = {"|", "&", ";", ">", "<", "&&", "2>"}
 
 

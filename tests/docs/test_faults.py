@@ -12,7 +12,7 @@ import pytest
 from tests.support.reference_pages import DOCS, PACKAGE, ROOT
 
 PAGE = (DOCS / "faults.md").read_text()
-# In the first column of its tables, what is longer than a word or two.
+# Texts in the first column of the page's tables that are longer than a word or two.
 QUOTED = [
     message
     for line in PAGE.splitlines()

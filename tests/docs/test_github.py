@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a public repository shows: the CI workflow fits the project, and the templates name what exists."""
+"""The files for GitHub: the CI workflow fits the project, and the templates name commands and files that exist."""
 
 import re
 import tomllib

@@ -32,7 +32,7 @@ def promtool(*words: str) -> None:
 
 
 def expressions() -> list[str]:
-    """Of all panels and variables."""
+    """Return the expressions of all panels and variables."""
     board = json.loads(DASHBOARD.read_text())
     panels: list[dict[str, Any]] = [p for p in board["panels"] if p["type"] != "row"]
     assert len(panels) > 15
@@ -103,7 +103,7 @@ def test_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-# Of Grafana's list: https://grafana.com/docs/grafana/latest/panels-visualizations/configure-standard-options/
+# These names are from Grafana's list: https://grafana.com/docs/grafana/latest/panels-visualizations/configure-standard-options/
 UNITS = {"Bps", "bytes", "iops", "none", "percentunit", "s"}
 # Variables that Grafana has by itself.
 BUILT_IN = {"__rate_interval", "__all"}

@@ -36,7 +36,7 @@ def text_of(page: str) -> str:
 
 
 def words_of(page: str) -> list[str]:
-    """What stands in backticks, outside of blocks of code."""
+    """Return the texts in backticks that stand outside of blocks of code."""
     return WORD.findall(FENCE.sub("", text_of(page)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python of the documentation runs, and the page of the API names all that there is."""
+"""The Python code in the documentation runs, and the page of the API names every public name."""
 
 import inspect
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can type or read has an entry in the reference: a name without one fails here, and says which page."""
+"""Every name that a user can type or read has an entry in the reference. The failure tells the page on which one is missing."""
 
 import re
 from dataclasses import fields

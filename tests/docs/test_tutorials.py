@@ -13,7 +13,7 @@ from tests.support.tutorials import Difference, blocks_of, run_page
 TUTORIALS = DOCS / "tutorial"
 HOW_TO = DOCS / "how-to"
 
-# What the how-to pages take for granted: a running server with a disk called `web`.
+# The how-to pages assume a running server with a disk called `web`.
 WITH_WEB = """
 <!-- run: server -->
 ```console

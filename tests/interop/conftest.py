@@ -48,7 +48,7 @@ def clone(
 def shared(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> Iterator[CloneUnderTest]:
-    """A clone that is served to all tests of a module, which only read: nothing is copied but what they touch."""
+    """A clone that is served to all tests of a module. They only read, and only the regions that they read are copied."""
     work = tmp_path_factory.mktemp("shared")
     source = write_source(work / "source.img", content)
     clone = CloneUnderTest(work, content, str(source), name="shared")
@@ -66,6 +66,6 @@ def served(clone: CloneUnderTest) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def served_unhydrated(clone: CloneUnderTest) -> Iterator[ServerProcess]:
-    """The clone, served; nothing is copied but what clients touch."""
+    """The clone, served. Only the regions that clients touch are copied."""
     with clone.serve("--no-hydration") as process:
         yield process

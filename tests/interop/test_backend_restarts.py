@@ -25,7 +25,7 @@ MIB = 1 << 20
 BLOCK = 4096
 SERVERS = {
     "nbdkit": ["nbdkit", "-f", "-U", "{socket}", "file", "{disk}"],
-    # What is written and not flushed lies in the memory of the server, and dies with it.
+    # Unflushed writes lie in the memory of the server, and are lost when it dies.
     "nbdkit that forgets": [
         *["nbdkit", "-f", "-U", "{socket}", "--filter=cache", "file", "{disk}"],
         "cache=writeback",
@@ -78,7 +78,7 @@ class Client:
         self.nr_flushes = 0
 
     async def write(self) -> bool:
-        """Whether all of it was acknowledged."""
+        """Write a stamp. Returns whether all of it was acknowledged."""
         is_good = True
         for _ in range(8):
             nr = self.rng.randrange(MIB // BLOCK)
@@ -95,7 +95,7 @@ class Client:
 
     async def flush(self) -> bool:
         if (await self.peer.ask(c.CMD_FLUSH)).error:
-            self.unflushed.clear()  # whatever became of it, the client knows
+            self.unflushed.clear()  # the client knows the fate of each write
             return False
         self.nr_flushes += 1
         for nr, stamp in self.unflushed.items():
@@ -122,7 +122,7 @@ class Client:
 
 
 async def cure(registry: Registry, table: str) -> None:
-    """What an operator does: load and resume the same line, until it works."""
+    """Load and resume the same line until it works, as an operator does."""
     async for _ in attempts():
         with contextlib.suppress(NbdTargetError):
             await registry.load("d", table)
@@ -156,7 +156,7 @@ async def test_nothing_flushed_is_lost_when_the_server_below_is_killed(
             for _ in range(4):
                 assert await client.write_and_flush()
             if is_idle:
-                # Nobody meets the loss but the FLUSH that asks about what was acknowledged.
+                # Only the FLUSH of the acknowledged write finds out about the loss.
                 assert await client.write()
                 await backend.kill()
                 await backend.start()

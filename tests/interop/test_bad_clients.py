@@ -48,7 +48,7 @@ def many_reads_never_received(client: PlainClient) -> None:
         for _ in range(10_000):
             client.send(CMD_READ, 0, 1 << 20)
     except BlockingIOError:
-        pass  # the server stopped reading from us: what it should do
+        pass  # the server stopped reading from us, as it should
     client.sock.setblocking(True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache in front of a slow origin, in the real program with real clients; then it goes away."""
+"""A cache in front of a slow origin, in the real program with real clients. Then the cache is removed."""
 
 import json
 import random
@@ -97,7 +97,7 @@ class CacheUnderTest:
             time.sleep(0.05)
 
     def dirty(self, nr_blocks: int) -> bytes:
-        """Cache some blocks and write to each; what the disk holds then."""
+        """Cache some blocks and write to each; return the content of the disk then."""
         self.ask("message", NAME, "0", "warm", f"0-{nr_blocks}")
         self.wait(lambda fields: fields["cache_blocks_used"] >= nr_blocks)
         image = bytearray(self.content)
@@ -144,7 +144,7 @@ def test_clients_find_a_disk(cache: CacheUnderTest, mode: str) -> None:
         client("nbdcopy", cache.uri, str(copy))
     expected = image[:MIB] + b"\7" * 4096 + image[MIB + 4096 :]
     assert copy.read_bytes() == expected
-    # The same line goes on, and what it does not hold any more is on the origin.
+    # The same line continues, and reads blocks that are no longer cached from the origin.
     with cache.serve(str(cache.origin), "--mode", mode):
         assert cache.read_all() == expected
         assert f"{NAME} is {cache.origin} alone" in cache.ask("uncache", NAME)
@@ -154,7 +154,7 @@ def test_clients_find_a_disk(cache: CacheUnderTest, mode: str) -> None:
 
 @needs("fio", "nbdkit")
 def test_fio_verifies_while_the_cache_goes_away(cache: CacheUnderTest) -> None:
-    """A slow origin: writes take 3 ms, so the dirty blocks take a while to go home."""
+    """Writes to the origin take 3 ms, so it takes a while to write the dirty blocks back."""
     delays = ("--filter=delay", "wdelay=3ms", "rdelay=1ms")
     with (
         cache.remote_origin(*delays),
@@ -166,7 +166,7 @@ def test_fio_verifies_while_the_cache_goes_away(cache: CacheUnderTest) -> None:
         argv = ["fio", "--name=verify", "--ioengine=nbd", f"--uri={cache.uri}"]
         argv += ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--randseed=5"]
         argv += ["--size=8M", "--rate_iops=400", "--fsync=50", "--verify=crc32c"]
-        # It goes on until it is told to end, however long the rest takes.
+        # fio runs until it is told to end, however long the rest takes.
         argv += ["--verify_backlog=50", "--loops=100000", "--verify_state_save=0"]
         argv += ["--verify_fatal=1", f"--aux-path={cache.work}"]
         told = cache.work / "fio.log"
@@ -200,7 +200,7 @@ def test_fio_verifies_while_the_cache_goes_away(cache: CacheUnderTest) -> None:
 
 @needs("nbdkit")
 def test_ctrl_c_and_the_same_command_again(cache: CacheUnderTest) -> None:
-    """An origin without space, for a while."""
+    """The origin has no space for a while."""
     failing = cache.work / "failing"
     errors = (
         "--filter=error",
@@ -242,7 +242,7 @@ def test_ctrl_c_and_the_same_command_again(cache: CacheUnderTest) -> None:
 
 @needs("nbdkit")
 def test_origin_that_fails_for_good_ends_it(cache: CacheUnderTest) -> None:
-    """After EIO no flush of the origin can be trusted: nothing is called home any more."""
+    """After EIO no flush of the origin can be trusted: no further block counts as written back."""
     failing = cache.work / "failing"
 
     def heal() -> None:
@@ -263,7 +263,7 @@ def test_origin_that_fails_for_good_ends_it(cache: CacheUnderTest) -> None:
             assert "a flush of the origin fails" in said
             assert "nothing has been changed" in said
             assert cache.ask("table", NAME).split()[2] == "cache"
-        # A restart with the same line is all that it takes.
+        # A restart with the same line is enough.
         with cache.serve(cache.origin_uri, *argv):
             assert cache.read_all() == image
             cache.ask("uncache", NAME)

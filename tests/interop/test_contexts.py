@@ -66,7 +66,7 @@ class Nbd:
         return bool(self.check(able))
 
     def block_status(self, offset: int, length: int, flags: int = 0) -> Told:
-        """(bytes, flags) of what each context was told to be."""
+        """Return the extents of each context: (bytes, flags)."""
         told: Told = {}
 
         def extent(

@@ -181,7 +181,7 @@ def test_name_of_a_remote_image_says_its_format(work: Path) -> None:
         subprocess.run(line, check=True, capture_output=True, timeout=PATIENCE_S)
         assert (work / "disk").read_bytes() == content()
         assert (work / "disk").stat().st_blocks * 512 < SIZE // 2
-    # The name decides, and the content must agree: nothing is guessed.
+    # The name says the format, and the content must agree: the format is never guessed.
     with on_the_web(work / "raw") as other:
         line = [NBDTARGET, "clone", f"{other}/a.qcow2", "d", "--control", "c.sock"]
         assert "not in qcow2 format" in refused(line)

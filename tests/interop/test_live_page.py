@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live page in a real Chromium: what it shows, that the keyboard is enough, and that nothing comes from elsewhere."""
+"""The live page in a real Chromium: what it shows, that it works by keyboard alone, and that it loads nothing from other servers."""
 
 import os
 import re
@@ -62,7 +62,7 @@ class Site:
         (folder / "origin.img").write_bytes(bytes(SIZE))
         (folder / "fast.img").write_bytes(bytes(SIZE))
         names = f"{folder}/fast.meta {folder}/fast.img {folder}/origin.img"
-        # So slow that a person could watch it.
+        # The copy is so slow that a person could watch it.
         features = f"1 writeback smq 2 migration_rate {RATE}"
         self.create("slow", f"0 {SIZE // 512} cache {names} 128 {features}")
         self.pages: list[subprocess.Popen[str]] = []
@@ -222,7 +222,7 @@ def has_no_buttons_when_it_may_only_look(site: Site, browser: Any) -> None:
     expect(page.locator("#map-title")).to_be_attached()
     expect(page.locator("#verbs")).to_be_hidden()
     expect(page.locator("#server")).to_contain_text("read-only")
-    # What the buttons would send is refused, too.
+    # A request like those of the buttons is refused, too.
     refused = page.evaluate(
         """async () => { const { ask } = await import("./page/server.js");
         return ask("suspend", { name: "web" }).then(() => "", (error) => error.message); }"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libnbd's nbdinfo sees of a clone."""
+"""A clone, looked at with libnbd's nbdinfo."""
 
 from itertools import pairwise
 
@@ -68,7 +68,7 @@ def test_map_shows_the_hole_of_the_source(shared: CloneUnderTest) -> None:
 
 
 def hydration(uri: str) -> list[tuple[int, int]]:
-    """(bytes, flags) of each extent that nbdinfo shows."""
+    """Return (bytes, flags) of each extent that nbdinfo shows."""
     extents = report("nbdinfo", f"--map={HYDRATION}", "--json", uri)
     return [(extent["length"], extent["type"]) for extent in extents]
 

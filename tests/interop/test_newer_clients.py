@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.interop, needs_newer]
 TIB = 1 << 40
 MIB = 1 << 20
 
-# What a client of 64 bits does to a whole disk. It is run by libnbd's own Python, and prints what it has seen.
+# A client with extended headers uses a whole disk. libnbd's own Python runs this program, which prints its results.
 WHOLE_DISK = """
     import json, nbd, sys
     h = nbd.NBD()

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.long]
 MIB = 1 << 20
 ROLES = ("metrics", "nbd", "control")  # in another order than the manual names them
 
-# What a service manager does: the sockets become 3, 4 and 5, and the process is told what they are for.
+# A service manager passes sockets in this way: they become descriptors 3, 4 and 5, and the process is told their names.
 PASS_SOCKETS = """
 import fcntl, os, sys
 fds = [int(number) for number in sys.argv[1].split(",")]
@@ -88,5 +88,5 @@ def test_each_socket_serves_what_its_name_says(tmp_path: Path, kind: str) -> Non
             assert scraper.recv(15).startswith(b"HTTP/1.1 200")
         server.terminate()
         assert server.wait(PATIENCE_S) == 0
-    # They are the manager's, who passes them again.
+    # The sockets belong to the service manager, which passes them to the next process.
     assert all((tmp_path / role).is_socket() for role in ROLES)

@@ -91,7 +91,7 @@ class Site:
         self.client.ask("create", m.Create(name, table), m.Done)
 
     def use(self) -> None:
-        """Have a little of each kind of requests."""
+        """Send a few requests of each kind."""
         for name in ("clone", "cache"):
             with PlainClient(self.nbd, name) as client:
                 for _ in range(4):
@@ -235,7 +235,7 @@ def test_rules_are_taken_and_each_panel_shows_something(
         return ("NbdtargetSuspendedTooLong", "still") in names
 
     until(pending, "the device that is suspended raises no alert")
-    # What the variables of the dashboard are filled from.
+    # The dashboard fills its variables from this query.
     devices = {
         row["metric"]["device"] for row in prometheus.query("nbdtarget_device_info")
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that live as long as one client: `--run`, and tools that start a server themselves."""
+"""Servers that run as long as one client does: `--run`, and tools that start a server themselves."""
 
 import subprocess
 from pathlib import Path

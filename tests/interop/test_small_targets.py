@@ -143,7 +143,7 @@ def test_striped_example(host: Host) -> None:
 
 
 def test_zero_example(host: Host) -> None:
-    """10 TB that read as zeroes; the snapshot over them is no target of ours."""
+    """A zero device of 10 TB reads as zeroes. The example's snapshot target does not exist here."""
     sectors = 10 * 1024**4 // SECTOR
     host("create", "zero1", "--table", f"0 {sectors} zero")
     with host.client("zero1") as client:
@@ -184,7 +184,7 @@ def test_delay_examples(host: Host) -> None:
         ]
         flush, write, read = (cookie for cookie, _ in requests)
         begin = time.monotonic()
-        # At once: on a busy machine the last could come later than the second's delay is long.
+        # All are sent at once: on a busy machine the last one could otherwise be sent after the second one's delay is over.
         client.sock.sendall(b"".join(request for _, request in requests))
         assert [client.receive()[0] for _ in range(3)] == [read, write, flush]
         assert time.monotonic() - begin >= 0.333
@@ -200,7 +200,7 @@ def test_flakey_examples(host: Host) -> None:
         expected[31] = 1
         assert client.read(0, SECTOR) == expected
     host("remove", "flaky")
-    # Replaces the 224th byte of REQ_META (=32) bios with 0: nobody says META over NBD.
+    # Replaces the 224th byte of REQ_META (=32) bios with 0. NBD requests have no META flag, so nothing is replaced.
     host("create", "flaky", "--table", f"{table} 5 corrupt_bio_byte 224 w 0 32")
     with host.client("flaky") as client:
         client.write(0, b"x" * SECTOR)
@@ -210,7 +210,7 @@ def test_flakey_examples(host: Host) -> None:
     with host.client("flaky") as client:
         assert error_of(client, CMD_READ, 0) == NBD_EIO
         assert error_of(client, CMD_WRITE, 0, b"y" * SECTOR) == NBD_EIO
-    # What cannot be flushed when it is removed makes the server end with 1.
+    # The server ends with status 1, because it cannot flush this device when it removes it.
     host("load", "flaky", "--table", f"0 16 linear {disk} 0")
     host("suspend", "--noflush", "flaky")
     host("resume", "flaky")

@@ -91,7 +91,7 @@ def test_stack_over_clone_shows_the_hydration_below(
     uri = f"nbd+unix:///part?socket={served.socket}"
     words = ["--map=x-nbdtarget:hydration", "--json"]
     extents = [(e["length"], e["type"]) for e in report("nbdinfo", *words, uri)]
-    # 1: not hydrated; what is no clone is 0, as what needs no copying any more.
+    # 1 means not hydrated. Ranges outside of a clone are 0, because they need no copy.
     kib = 1024
     assert extents == [(64 * kib, 1), (64 * kib, 0), (384 * kib, 1), (512 * kib, 0)]
 

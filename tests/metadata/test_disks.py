@@ -120,7 +120,7 @@ TABLE = [
     (MARKED, file("/oo", ELSEWHERE), None, MOVED, "no mark"),
     (MARKED, file("/oo", ELSEWHERE, is_elsewhere=True), None, OTHER, "/o is still"),
     (MARKED, file(place=ELSEWHERE), False, OTHER, "its content differs"),
-    # Where there was none: the same file is the same, a file in its place is not.
+    # Without a recorded mark, the same file is accepted, and another file in its place is not.
     (RECORDED, file(), None, SAME, "same file"),
     (RECORDED, file("/n"), None, SAME, "same file"),
     (RECORDED, file(place=SAME_INODE), None, SAME, "name and inode"),
@@ -129,7 +129,7 @@ TABLE = [
     (RECORDED, file(place=ELSEWHERE), True, SAME, "time and content"),
     (RECORDED, file(place=ELSEWHERE, mtime_ns=1), True, MOVED, "has its name now"),
     (RECORDED, file("/oo", ELSEWHERE, is_elsewhere=True), True, OTHER, "still there"),
-    # What changed on the same disk is another question.
+    # Whether the content of the same disk has changed is another question.
     (RECORDED, file(), False, SAME, "same file"),
     # A block device says what it is; its name may be another one after a restart.
     (BLOCK_DEVICE, block("/dev/sdb", "wwid=naa.5", "serial=X"), None, SAME, "itself"),
@@ -324,7 +324,7 @@ def test_torn_superblock_loses_the_record_of_disks_at_most(
 def test_commit_whose_record_was_torn_before_its_second_copy_is_not_opened(
     is_rotten: bool,
 ) -> None:
-    """Nothing of it was acknowledged, and the one before knows the disks."""
+    """The commit was never acknowledged, and the commit before it knows the disks."""
     area = bytearray(4 * BLOCK_SIZE)
     put(area, 10, OLD_RECORD, 0, 1)
     put(area, 9, OLD_RECORD, 0, 1)

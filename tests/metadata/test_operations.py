@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the owner of the I/O may rely on."""
+"""The rules of metadata operations that the caller who carries them out may rely on."""
 
 import pytest
 

@@ -91,7 +91,7 @@ CACHE_PARTS: Final = (
     ),
     _mutant(
         "discards-not-loaded",
-        "Promotions copy what nobody needs, for as long as the cache lives.",
+        "Promotions copy discarded blocks, for as long as the cache lives.",
         "nbdtarget.targets.cache.activation:Activation.preresume",
         "self._parts.discards.load(discarded)",
         "self._parts.discards.load(None)",
@@ -166,7 +166,7 @@ CACHE_PARTS: Final = (
     ),
     _mutant(
         "any-permission-overwrites",
-        "Whoever says that a disk has moved loses what it holds.",
+        "A user who says that a disk has moved loses the data on it.",
         "nbdtarget.targets.opening:Opening._refuse_content",
         "if OVERWRITE in self._ctx.permissions:",
         "if self._ctx.permissions:",

@@ -203,7 +203,7 @@ CACHE_TARGET: Final = (
     ),
     _mutant(
         "no-event-when-all-is-clean",
-        "Whoever waits for the last dirty block waits for ever.",
+        "A caller that waits for the last dirty block to become clean waits for ever.",
         "nbdtarget.targets.cache.blocks:Blocks.set_clean",
         ("                self.event()\n", "                self.wake()\n"),
         MATRIX,
@@ -499,7 +499,7 @@ CACHE_TARGET: Final = (
     ),
     _mutant(
         "read-only-cache-writes-while-its-stop-stays-recorded",
-        "The next start finds disks that have changed in nobody's use, and dirty blocks: refused.",
+        "The next start is refused: it finds dirty blocks, and disks that changed after the recorded stop.",
         "nbdtarget.targets.cache.target:CacheTarget._map_slow",
         (
             "        if self._is_sealed and bio.op not in (OP_READ, OP_CACHE):\n",

@@ -93,7 +93,7 @@ CACHE_TOOLS: Final = (
     ),
     _mutant(
         "written-back-recorded-over-the-live-sync-area",
-        "A power cut while it is recorded: metadata that nobody opens any more.",
+        "A power cut while the result is recorded leaves metadata that cannot be opened any more.",
         "nbdtarget_metadata.tools.cache_restore:record_written_back",
         "        area = other_area(area)\n",
         "        pass\n",

@@ -54,7 +54,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *STATE,
 )
 
-# The classics of crash safety: whoever edits the catalog may rename none of them away.
+# The best known mistakes of crash safety. A change of the catalog must not remove or rename them.
 ESSENTIAL: Final = frozenset(
     {
         "commit-before-flush",

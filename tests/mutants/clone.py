@@ -460,7 +460,7 @@ CLONE: Final = (
     ),
     Mutant(
         "read-only-clone-writes-while-its-stop-stays-recorded",
-        "The next start finds a half-copied destination that has changed in nobody's use: refused.",
+        "The next start is refused: it finds a half-copied destination that changed after the recorded stop.",
         "nbdtarget.targets.clone.target:CloneTarget.map",
         (
             (

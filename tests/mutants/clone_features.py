@@ -104,7 +104,7 @@ CLONE_FEATURES: Final = (
     ),
     Mutant(
         "replacement-wakes-a-suspended-device",
-        "Whoever has suspended a device finds it running, on another table.",
+        "A user who has suspended a device finds it running, on another table.",
         "nbdtarget.dm.mapped_device:MappedDevice._check_replaceable",
         (
             (

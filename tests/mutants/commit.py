@@ -305,7 +305,7 @@ COMMIT: Final = (
     ),
     Mutant(
         "superblock-over-what-was-lost-meanwhile",
-        "A destination loses what it had flushed for nobody, and the commit under way vouches for it.",
+        "A destination loses data of an unacknowledged flush, and the commit under way vouches for that data.",
         "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (

@@ -175,7 +175,7 @@ MAPPED_DEVICE: Final = (
     ),
     Mutant(
         "abandoned-flush-not-in-flight",
-        "A table is destroyed while a flush of it that nobody waited for is under way.",
+        "A table is destroyed while one of its flushes, whose caller has given up, is still under way.",
         "nbdtarget.dm.bio_path:BioPath.flush",
         (("        self.in_flight.enter(flush)\n", ""),),
         ("tests/nbdtarget/dm/test_hanging.py",),
@@ -384,7 +384,7 @@ MAPPED_DEVICE: Final = (
     ),
     Mutant(
         "own-copies-nothing",
-        "Whoever owns a payload still shares it with the receive buffer.",
+        "A bio that owns its payload still shares it with the receive buffer.",
         "nbdtarget.bio:Bio.own",
         (
             (

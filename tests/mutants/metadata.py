@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["METADATA"]
 
-# What a power cut leaves: these must be noticed without looking at the code's inside.
+# The images that a power cut leaves: these tests must notice a bug without looking into the code.
 CUTS: Final = (
     "tests/metadata/clone/test_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
 )
@@ -394,7 +394,7 @@ METADATA: Final = (
     ),
     Mutant(
         "clean-shutdown-never-cleared",
-        "A crash looks like a clean shutdown to whoever asks.",
+        "After a crash the metadata still say that the shutdown was clean.",
         "nbdtarget_metadata.clone.metadata:CloneMetadata.pre_commit",
         (
             (
@@ -506,7 +506,7 @@ METADATA: Final = (
     ),
     Mutant(
         "writable-after-abort",
-        "Commits go on after one has failed, on a disk of which nobody knows what it holds.",
+        "Commits continue after one has failed, although the content of the disk is unknown then.",
         "nbdtarget_metadata.log.commit:JournaledMetadata._give_up",
         (
             (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mutant is: one wrong order or forgotten step, as a patch of the real source.
+"""`Mutant`: a patch of the real source that plants one wrong order or forgets one step.
 
 Theory of operation
 

@@ -44,7 +44,7 @@ PORCELAIN: Final = (
     ),
     _mutant(
         "uncache-leaves-its-mappings",
-        "Whoever gives the old cache line again reads blocks that are out of date.",
+        "A user who gives the old cache line again reads blocks that are out of date.",
         "nbdtarget.control.uncache:UncacheJob._empty",
         "                await self._invalidate()\n",
         "",

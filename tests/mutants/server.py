@@ -135,7 +135,7 @@ SERVER: Final = (
     ),
     Mutant(
         "socket-open-before-its-mode",
-        "For a moment whoever the umask lets in may connect.",
+        "For a moment every user whom the umask lets in may connect.",
         "nbdtarget.common.unix_socket:_bind",
         (("        os.fchmod(sock.fileno(), PRIVATE_MODE)\n", ""),),
         UNIX_SOCKET,

@@ -15,7 +15,7 @@ CLIENTS: Final = ("tests/nbdtarget/server/test_negotiation.py",)
 TLS: Final = (
     Mutant(
         "structured-replies-survive-starttls",
-        "Whoever sits on the wire chooses what the encrypted connection has negotiated.",
+        "An attacker in the network chooses the options of the encrypted connection.",
         "nbdtarget_protocol.handshake:ServerHandshake.tls_started",
         (("        self.structured = self.extended = False\n", ""),),
         STARTTLS,

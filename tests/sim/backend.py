@@ -340,7 +340,7 @@ class BackendTable(DeviceTable):
 
 
 async def connect_in_memory(name: str, uri: NbdUri) -> socket.socket:
-    """What takes the place of a real connection: the running loop knows the backends."""
+    """Connect to a backend in memory, in place of a real connection. The running loop knows the backends."""
     backends: dict[str, Backend] = asyncio.get_running_loop().backends  # type: ignore[attr-defined]
     try:
         return cast(socket.socket, backends[uri.host].connect())
@@ -350,7 +350,7 @@ async def connect_in_memory(name: str, uri: NbdUri) -> socket.socket:
 
 
 class Trouble:
-    """What happens to the backends of one life."""
+    """Kills, hangs and exchanges the backends of one life."""
 
     def __init__(self, life: "Life", rng: random.Random) -> None:
         self._life = life
@@ -398,7 +398,7 @@ class Trouble:
         self._end(host)
 
     async def _hang(self, host: str, backend: Backend) -> None:
-        """Nothing may fail: it only takes longer."""
+        """Hang for a while. Requests take longer, but must not fail."""
         await self._hang_for_a_while(host, backend)
         backend.go_on()
         self._life.note(host, "goes on")

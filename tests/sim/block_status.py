@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer to BLOCK_STATUS may say, held against the model of the clients."""
+"""Checks of answers to BLOCK_STATUS against the model of the clients."""
 
 from nbdtarget_protocol.consts import CMD_FLAG_REQ_ONE, STATE_HOLE, STATE_ZERO
 from tests.sim.model import ClientModel, RunningRead, Violation
@@ -10,7 +10,7 @@ __all__ = ["check_zeroes", "clipped"]
 def clipped(
     extents: list[tuple[int, int]], length: int, flags: int
 ) -> list[tuple[int, int]]:
-    """What is within the request: only the last one may reach beyond it, and without REQ_ONE.
+    """Return the extents cut to the request. Only the last one may reach beyond it, and only without REQ_ONE.
 
     Raises: Violation.
     """

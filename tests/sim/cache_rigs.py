@@ -138,7 +138,7 @@ def cache_writethrough(rng: random.Random) -> Rig:
 
 
 def cache_passthrough(rng: random.Random) -> Rig:
-    """What another mode has cached is given up block by block."""
+    """Passthrough, which invalidates the blocks that another mode has cached, one by one."""
     return _rig(
         "cache_passthrough",
         rng,

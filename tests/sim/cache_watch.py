@@ -37,7 +37,7 @@ class CacheWatch(CacheInvariants):
 
     @classmethod
     def maybe_of(cls, life: "Life") -> "CacheWatch | None":
-        """For a life whose rig has a cache, on its disks."""
+        """Return a watch for a life whose rig has a cache; otherwise None."""
         disks = life.disks
         if "/cache" not in disks:
             return None
@@ -65,7 +65,7 @@ class CacheWatch(CacheInvariants):
     def j5_no_data_is_written_while_recorded_clean(
         self, target: CacheTarget | None, device: CrashDevice, bio: Bio
     ) -> None:
-        """As above; or, when the origin is used alone, while anything is recorded as cached."""
+        """Check J5. When the origin is used alone, check instead that no block is recorded as cached."""
         if target is not None or not self.is_uncached():
             super().j5_no_data_is_written_while_recorded_clean(target, device, bio)
             return
@@ -75,7 +75,7 @@ class CacheWatch(CacheInvariants):
             raise self._broken(f"J5: {bio} passes by {on_disk.nr_mapped} cached blocks")
 
     async def be_quiet(self) -> None:
-        """Nobody asks for anything: see that a cache that has nothing to do does nothing (J8)."""
+        """Check that a cache does no I/O while no client asks for anything and no work is left (J8)."""
         await asyncio.sleep(QUIET_S)  # the server may still read what a client sent
         target = self.find_target()
         if target is None or not self._is_at_rest(target):

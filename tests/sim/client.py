@@ -88,7 +88,7 @@ RECEIVES_MAX: Final = 4  # in one turn of the loop
 
 @dataclass(frozen=True)
 class Habits:
-    """What a client is like.
+    """How a client behaves.
 
     Args:
         think: how often it waits between two requests, for up to `think_s`.
@@ -125,7 +125,7 @@ class Habits:
 
 
 class _Op:
-    """What the model must be told when the answer comes, or does not."""
+    """A request in flight, and the calls that tell the model of its end or its loss."""
 
     __slots__ = (
         "begin",
@@ -212,7 +212,7 @@ class Client:
 
     @property
     def is_attached(self) -> bool:
-        """Connected, and told so: what was sent before is older than what it sends now."""
+        """Whether the handshake has ended: requests of earlier connections are older than those sent now."""
         return self._sock is not None and self._transmission is not None
 
     @property
@@ -222,12 +222,12 @@ class Client:
         )
 
     def forget_losses(self) -> None:
-        """There may be another loss, of which it has to be told."""
+        """Expect to be told of a loss again, because there may be another one."""
         self._is_told = False
         self._loss_nr += 1
 
     def changes(self) -> list[_Op]:
-        """The writes in flight."""
+        """Return the writes in flight."""
         return [op for op in self._ops.values() if op.is_change]
 
     # ---- life ----
@@ -313,7 +313,7 @@ class Client:
         return REQUEST.pack(REQUEST_MAGIC, 0, command, 1, 0, length)
 
     def power_cut(self) -> None:
-        """The server is gone. What it had sent has still come, and is what it promised."""
+        """The server is gone. Read the replies that it had sent: its promises in them count."""
         sock = self._sock
         if sock is None:
             return
@@ -473,7 +473,7 @@ class Client:
         self._request(CMD_READ, flags, offset, length, op, buffer)
 
     def _block_status(self, offset: int, length: int) -> None:
-        """What is said to be zeroes must be zeroes; what is hydrated stays hydrated."""
+        """Send BLOCK_STATUS. Ranges told to be zeroes must read as zeroes, and hydrated regions must stay hydrated."""
         model, hydration = self.life.model, self.life.hydration
         running = model.start_read(offset, length)
         told = hydration.start()
@@ -556,7 +556,7 @@ class Client:
         except BlockingIOError:
             pass
         except OSError:
-            self._out.clear()  # what there is to read says why
+            self._out.clear()  # the data still to be read tells why
         if bool(self._out) != self._is_writing:
             self._is_writing = not self._is_writing
             loop = self.life.loop
@@ -654,7 +654,7 @@ class Client:
         self._lost(reset=False)
 
     def _lost(self, *, reset: bool) -> None:
-        """The connection is over: nothing more will be known of what is in flight."""
+        """End the connection: the fate of the requests in flight stays unknown."""
         sock = self._sock
         assert sock is not None
         self._note("gone")
@@ -679,4 +679,4 @@ class Client:
 
 
 def _nothing() -> None:
-    """Nobody needs to know."""
+    """Do nothing when a request is lost: the model does not depend on it."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone has said of its hydration, and what it may say after that.
+"""The model of a clone's hydration: what later answers may say, given the earlier ones.
 
 Theory of operation. Clients ask for `x-nbdtarget:hydration` with their BLOCK_STATUS. A sector that
-was told to be hydrated stays so for as long as the machine lives: who asks after the answer
-has come must be told the same. When a FLUSH was sent after that answer, and has succeeded, it stays so for ever.
+was told to be hydrated stays so for as long as the machine lives: a client that asks after the answer
+has come must be told the same. If a FLUSH was sent after that answer, and has succeeded, the sector stays hydrated for ever.
 
 A failed commit takes bits back (`forget`), and what was promised by a FLUSH remains.
 """
@@ -36,7 +36,7 @@ class HydrationModel:
         self._is_reliable = True
 
     def start(self) -> Told:
-        """A BLOCK_STATUS or a FLUSH is sent now: what it must find hydrated."""
+        """Return the sectors that a BLOCK_STATUS or a FLUSH sent now must find hydrated."""
         return self._told
 
     def end_flush(self, told: Told) -> None:
@@ -44,12 +44,12 @@ class HydrationModel:
         self._durable |= told
 
     def forget(self) -> None:
-        """From now on only what was promised is certain: bits were lost, or taken back."""
+        """Keep only the bits that a FLUSH has promised: the others were lost, or taken back."""
         self._told = self._durable
         self._is_reliable = False
 
     def trust_again(self) -> None:
-        """What has lost its bits was started anew."""
+        """Trust all answers again: the clone that lost its bits was started anew."""
         self._told = self._durable
         self._is_reliable = True
 
@@ -57,7 +57,7 @@ class HydrationModel:
         self, told: Told, offset: int, extents: Iterable[tuple[int, int]]
     ) -> None:
         """Hold an answer against what was told before. Raises: Violation."""
-        # What was told by word of mouth may have been lost since.
+        # Bits that no FLUSH has promised may have been lost since.
         certain = told & (self._told if self._is_reliable else self._durable)
         found: set[int] = set()
         for length, state in extents:

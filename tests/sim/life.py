@@ -14,7 +14,7 @@ clients and an operator loose on it, and ends in one of these ways, drawn before
               the power goes during that
 
 All that happens is one sequence of steps on one `SimLoop`. What fails, anywhere on the
-machine, is in `failure`: an oracle's Violation, an exception that nobody caught, a log
+machine, is in `failure`: an oracle's Violation, an uncaught exception, a log
 line of level ERROR.
 
 In some lives a disk goes bad (`Fault`), in some an operator cuts the power of a `powercut` device
@@ -62,7 +62,7 @@ VERIFY_BYTES: Final = 16 * SECTOR
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen in a life. None: not at all."""
+    """The events of a life. None: the event does not happen."""
 
     nr_clients: int
     nr_requests: int  # of each client
@@ -93,12 +93,12 @@ class Plan:
 
     @classmethod
     def last(cls) -> "Plan":
-        """Only look at what is there."""
+        """Return a plan without clients, which only reads the disk."""
         return cls(0, 0, None, None, None, None, None, Fate.DROP, 0.0, False)
 
 
 def _draw_nth(rng: random.Random) -> tuple[int, int]:
-    """Which one, more often an early one, and how many steps after it."""
+    """Draw the number of an event, more often an early one, and a number of steps after it."""
     return int(10 ** rng.uniform(0, 1.7)), rng.randrange(1, 8)
 
 
@@ -256,7 +256,7 @@ class Life:
         return disks
 
     def _make_backends(self) -> dict[str, Backend]:
-        """By host name."""
+        """Return the backends by host name."""
         return {
             name[1:]: Backend(
                 self.network,
@@ -271,7 +271,7 @@ class Life:
 
     @property
     def may_fail(self) -> bool:
-        """Requests and verbs may, and ERROR lines may be logged."""
+        """Whether requests and verbs may fail, and ERROR lines may be logged."""
         return (
             self._is_faulty or self._is_cornered or self._is_out or self._is_recovering
         )
@@ -290,7 +290,7 @@ class Life:
                 client.forget_losses()
 
     def backend_is_back(self) -> None:
-        """It is there again; every device must have found it soon."""
+        """A backend is back; every device must connect to it within RECOVERY_S."""
         self._nr_away -= 1
         self._nr_back += 1
         nr_back = self._nr_back
@@ -324,7 +324,7 @@ class Life:
         return self.fault is not None and self.fault.lie is None
 
     def begin_outage(self, *, loses: bool) -> None:
-        """A powercut device is about to be cut; `loses`: and clients will go on after it."""
+        """A powercut device is about to be cut. With `loses`, clients continue on the same disk after it."""
         self.nr_outages += 1
         self._is_out = True
         if loses:
@@ -386,7 +386,7 @@ class Life:
             self._cut_after(self.plan.cut_at_durable, self._nr_durable)
 
     def _disk_failed(self, device: CrashDevice, bio: Bio) -> None:
-        """What a clone has not committed yet may be taken back, when it cannot be."""
+        """Expect uncommitted regions of a clone to be taken back, because their commit may fail."""
         roles = {disk.name: disk.role for disk in self.rig.disks}
         if (
             bio.op != OP_READ
@@ -437,7 +437,7 @@ class Life:
         return all(self.model.is_certain_at(edge) for edge in edges)
 
     def put_in_limbo(self, client: Client, sock: SimSocket, changes: list[Any]) -> None:
-        """Its connection was lost with these in flight: until it is back, they may land."""
+        """Note writes of a client whose connection was lost: until the client is back, they may still be carried out."""
         if changes:
             assert sock.peer is not None
             self._limbo.append((client, sock.peer, changes))
@@ -487,7 +487,7 @@ class Life:
     def repaired(
         self, images: dict[str, bytes], fail: Callable[[BaseException], None]
     ) -> dict[str, bytes]:
-        """What the next life finds; nothing but a disk of metadata that is bad asks for a tool."""
+        """Return the images for the next life. Only metadata on a bad disk may need an offline tool."""
         fault = self.fault
         repaired = {}
         for disk in self.rig.disks:
@@ -637,7 +637,7 @@ class Life:
         self.listener.start_socket(cast(socket.socket, self.network.listener()))
 
     async def _verify(self) -> None:
-        """Read the whole disk, and hold it against all that the crash may have left."""
+        """Read the whole disk, and check it against all that the crash may have left."""
         rng = random.Random(f"{self._seed} verify")
         client = Client(self, "verifier", rng, Habits.draw(rng), 0)
         self.clients.append(client)
@@ -683,7 +683,7 @@ class Life:
             await operator
 
     def corner(self) -> None:
-        """It stops in a way in which not everybody can get an answer."""
+        """Begin a stop in which some requests may get no answer."""
         self.nr_outages += 1
         self._is_cornered = True
 
@@ -693,5 +693,5 @@ class Life:
         return not (self._is_faulty or self.owes_flush_error or self.is_hurt)
 
     def are_clients_done(self) -> bool:
-        """Whether nobody will ask anything any more."""
+        """Whether no client will send another request."""
         return all(c.left <= 0 and not c.is_connected for c in self.clients)

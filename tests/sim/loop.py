@@ -36,11 +36,11 @@ WAITING_SHOWN_MAX: Final = 20
 
 
 class PowerCut(BaseException):
-    """The machine is off. Not an Exception: nothing on it may catch this."""
+    """The machine is off. This is no Exception, so that no code on the machine catches it."""
 
 
 class Stuck(AssertionError):
-    """Something is waited for that will not come."""
+    """A task waits for an event that will never come."""
 
 
 class Watchable(Protocol):
@@ -65,11 +65,11 @@ class SimLoop(asyncio.BaseEventLoop):
         steps: callbacks run so far.
         cut_at: the step that is not taken any more, or None.
         deadline_s: when to call it stuck.
-        sockets: by descriptor; whoever makes a socket puts it here.
+        sockets: by descriptor; `SimNetwork` adds each socket that it makes.
         backends: the servers that can be connected to, by host name.
     """
 
-    # What BaseEventLoop has, and the type stubs do not know.
+    # BaseEventLoop has these attributes, and the type stubs lack them.
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
     _stopping: bool
@@ -163,7 +163,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._silent.discard(number)
 
     def closed(self, fd: int) -> None:
-        """A socket is closed: nobody may watch its number, which is free again."""
+        """A socket is closed: its number is free again, and no reader or writer may watch it any more."""
         assert fd not in self._readers, f"descriptor {fd} closed while it is read"
         assert fd not in self._writers, f"descriptor {fd} closed while it is written"
         del self.sockets[fd]
@@ -185,7 +185,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return self._signals.pop(sig, None) is not None
 
     def press(self, sig: int) -> bool:
-        """A signal comes; False: nobody catches it, and the process ends."""
+        """Deliver a signal. Returns False if no handler catches it, so that the process ends."""
         handler = self._signals.get(sig)
         if handler is None:
             return False
@@ -208,7 +208,7 @@ class SimLoop(asyncio.BaseEventLoop):
     # ---- turning ----
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """It lies in the heap until its time has come."""
+        """Do nothing: a cancelled timer stays in the heap until it is due."""
 
     def _run_once(self) -> None:
         ready, scheduled = self._ready, self._scheduled
@@ -264,7 +264,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def close_what_waits(self) -> None:
         """Close the coroutine of every task: none of them is to run any more."""
         with warnings.catch_warnings():
-            # What a handler begins while its coroutine is closed is never awaited.
+            # A coroutine that a handler makes while its own one is closed is never awaited.
             warnings.simplefilter("ignore", RuntimeWarning)
             for task in asyncio.all_tasks(self):
                 with contextlib.suppress(Exception):

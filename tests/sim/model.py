@@ -174,7 +174,7 @@ class ClientModel(DiskModel):
                 write.ended = False
 
     def _doubt(self) -> None:
-        """What is in flight now may still be built upon, or meet, an older value."""
+        """Let reads in flight return older values, too, and writes of parts of a sector be laid over them."""
         for write in self._partial:
             write.value = None
         for read in self._reads:

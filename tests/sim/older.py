@@ -45,7 +45,7 @@ def _write_older(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
 
 @contextmanager
 def older_version(*, lives: bool = True) -> Iterator[None]:
-    """What lives now is the older version; nothing changes if not `lives`."""
+    """Let the older version run inside this block, if `lives`; otherwise change nothing."""
     if not lives:
         yield
         return

@@ -7,7 +7,7 @@ one on top. One deed follows another; within one, two devices may be suspended a
 Outages. A `powercut` device of the rig is cut by message. Where what stands on it keeps nothing
 in memory, clients lose what they have not flushed, and go on. Where a clone stands on it, one of:
 
-    suspended   everything is durable when the power goes: nobody may notice
+    suspended   everything is durable when the power goes: no client may notice
     the end     nothing is told any more that is not so, until the machine is off, too
     anew        the clone's table is wiped, the power comes back, the clone is loaded again
 """

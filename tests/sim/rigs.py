@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a simulated machine serves: disks by name, tables over them, what may be said to them.
+"""The devices of a simulated machine: disks by name, tables over them, and the messages that they take.
 
 A new target gets its simulation by a function that draws a `Rig`, and its name in
 `tests.sim.catalog`.
 
 A rig is one mapped device, `d`, which clients use, and below it perhaps others (`below`), so
-that tables stack. One of these may be a `powercut` target. Whoever stands on it sees one of two
-things at a cut:
+that tables stack. One of these may be a `powercut` target. At a cut, a device that stands on it sees
+one of two things:
 
     nothing      what lies between it and the clients keeps no state of its own: to them
                  the disk has lost what they had not flushed, and all goes on
@@ -58,7 +58,7 @@ Message = tuple[str, int, tuple[str, ...]]  # to which device and sector, and it
 
 
 class Role(Enum):
-    """What a disk is for."""
+    """The use of a disk."""
 
     DATA = "data"
     SOURCE = "source"  # must never change
@@ -137,7 +137,7 @@ class Rig:
             self._check_metadata(disk, image[: disk.metadata_size or None], has_booted)
 
     def repaired(self, disk: Disk, image: bytes) -> bytes:
-        """What an administrator makes of a disk between two lives: `needs_check` is cleared."""
+        """Return a disk's image after an administrator has cleared `needs_check` between two lives."""
         if not disk.is_cache or not any(image):
             return image
         with suppress(NotFormatted):
@@ -215,7 +215,7 @@ def clone_line(
     metadata: str = "",
     destination: str = "",
 ) -> str:
-    """What follows `start length`; the disks are those of `clone_disks`, or others by name."""
+    """Return a table line without its `start length`; the disks are those of `clone_disks`, or others by name."""
     kinds = ("no_hydration", "no_discard_passdown", "hydrate_on_read", "then_linear")
     features = [word for word in kinds if rng.random() < 0.2]
     threshold, batch = rng.randrange(1, 6), rng.randrange(1, 5)
@@ -331,7 +331,7 @@ def clone_over_powercut(rng: random.Random) -> Rig:
 
 
 def powercut_over_clone(rng: random.Random) -> Rig:
-    """What clients see of a disk that forgets, over one that hydrates meanwhile."""
+    """A disk that may lose unflushed writes, over a clone that hydrates meanwhile."""
     return Rig(
         "powercut_over_clone",
         f"0 {SECTORS} {_passing_line(rng, 'cache')}",

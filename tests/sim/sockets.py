@@ -41,7 +41,7 @@ class _Pipe:
         self.capacity = capacity
         self.ended = False  # nothing more will come
         self.reset = False  # the end is ECONNRESET
-        self.broken = False  # nobody will read it
+        self.broken = False  # the reading end is closed
 
 
 class SimSocket:
@@ -73,7 +73,7 @@ class SimSocket:
         self._check_open()
 
     def getsockopt(self, level: int, option: int, length: int) -> bytes:
-        """Of all options the server asks only who is at the other end: root, without further groups."""
+        """Return the only option that the server asks for: the user at the other end, which is root without further groups."""
         self._check_open()
         return bytes(length) if option == socket.SO_PEERCRED else b""
 
@@ -217,14 +217,14 @@ class SimSocket:
         self._fd = -1
 
     def reset(self) -> None:
-        """Go away without a word."""
+        """Reset the connection, without an orderly end."""
         self._out.reset = True
         if self._network.random.random() < 0.5:
             self._out.data.clear()
         self.close()
 
     def left(self) -> bytes:
-        """What came and was not received: it still is on this side when the peer dies."""
+        """Return the bytes that have arrived and were not received. They stay here when the peer dies."""
         return bytes(self._in.data)
 
     def _check_open(self) -> None:
@@ -264,7 +264,7 @@ class SimNetwork:
         return SimSocket(self)
 
     def connect(self) -> SimSocket:
-        """Raises: ConnectionRefusedError: nobody listens."""
+        """Connect a new client. Raises: ConnectionRefusedError: no socket listens."""
         if self.listening is None:
             raise ConnectionRefusedError
         client, server = self.pair()

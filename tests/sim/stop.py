@@ -43,7 +43,7 @@ class Stop:
         self._is_unflushed = False  # a device was suspended without a flush
 
     async def prepare(self) -> None:
-        """Perhaps a server hangs, for good, and clients wait for it already when the signal comes."""
+        """By seed, let a server hang for good, so that clients already wait for it when the signal comes."""
         life = self._life
         self._is_waited_for = life.may_fail or not life.are_backends_well
         if not life.are_backends_well:
@@ -54,7 +54,7 @@ class Stop:
             await asyncio.sleep(self._random.choice((0.0, 0.01, 1.0)))
 
     async def run(self) -> bool:
-        """Stop; True: nothing was left behind. Raises: AssertionError."""
+        """Stop. Returns whether everything was closed in time. Raises: AssertionError."""
         life = self._life
         # A stop is some twenty requests, one after the other, to each disk.
         is_slow = life.is_slow or any(
@@ -89,7 +89,7 @@ class Stop:
         if self._source_hangs and not (self._is_waited_for or has_gone):
             life.counts["stops without a source"] += 1
             assert has_ended, "nothing but a source hangs, and it is waited for"
-            # What the operator has suspended without a flush is left as it is.
+            # A device that the operator has suspended without a flush stays unflushed.
             assert daemon.is_committed or self._is_unflushed, (
                 "nothing but a source hangs"
             )
@@ -117,11 +117,11 @@ class Stop:
     async def _close(
         self, close_registry: "Callable[[], Awaitable[list[str]]]"
     ) -> list[str]:
-        """Close the registry: what it makes durable the model believes."""
+        """Close the registry, and let the model count its flush as a promise."""
         life = self._life
         suspended = set(life.suspended)
         self._is_unflushed = bool(suspended)
-        # What waits in a suspended device when everything stops ends with an error.
+        # Requests that wait in a suspended device end with an error when everything stops.
         if not suspended <= {"d"}:
             life.corner()
         promised = life.model.start_flush()

@@ -19,7 +19,7 @@ def flushed(model: ClientModel) -> None:
 
 
 def cut_after_unflushed_write() -> ClientModel:
-    """The power is back, and nobody has looked at the sector: OLD or NEW."""
+    """A model after a power cut: the sector has not been read yet, so it may hold OLD or NEW."""
     model = ClientModel(OLD)
     written(model, NEW)
     assert model.is_certain_at(SECTOR - TAIL)

@@ -155,7 +155,7 @@ def test_simulation_catches_a_field_that_has_no_default(
 def test_simulation_catches_a_missing_flag_that_is_taken_for_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the older version had dirty when it crashed is given up."""
+    """The blocks that were dirty in the older version when it crashed are lost."""
 
     def gives_up(superblock: CacheSuperblock) -> bool:
         is_older = not superblock.disks

@@ -67,7 +67,7 @@ def _pieces(rng: random.Random, size: int) -> list[tuple[int, bytes]]:
 async def _write_at_once(
     rig: Rig, rng: random.Random, disks: list[SimDisk], loop: SimLoop
 ) -> tuple[bytes, dict[str, bytes]]:
-    """What the disk must read as, and what a power cut after a flush leaves."""
+    """Return the expected content of the disk, and the images that a power cut after a flush leaves."""
     registry = await _create(rig, disks, loop)
     device = registry.get("d")
     if rig.others:

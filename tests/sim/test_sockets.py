@@ -130,7 +130,7 @@ def test_listener_accepts_whoever_connects(loop: SimLoop) -> None:
 def test_reader_is_called_once_after_an_error(
     loop: SimLoop, pair: tuple[SimSocket, SimSocket]
 ) -> None:
-    """As uvloop does: findings/uvloop-add-reader-is-silent-after-a-socket-error.sh."""
+    """uvloop behaves in this way: findings/uvloop-add-reader-is-silent-after-a-socket-error.sh."""
     one, other = pair
     other.send(b"never read")
     one.send(b"12345678")

@@ -37,7 +37,7 @@ CACHE_SEEDS = 21
 BACKEND_SEEDS = 10
 MUTANT_SEEDS_MAX = 150
 
-# What the rigs with a cache must reach: a simulation that never gets there proves nothing.
+# The rigs with a cache must reach each of these: a simulation that never does proves nothing.
 MOVES = (
     "uncached 0",
     "promotions",
@@ -222,7 +222,7 @@ async def _nothing(*_: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "mutant", "rig", "first"),
     [
-        # What a server may have forgotten is told to nobody.
+        # Clients are not told of a server's lost writes.
         (Health, "note_loss", lambda health: None, "linear_over_backend", 65),
         (Health, "note_loss", lambda health: None, "clone_over_backends", 128),
         # Another disk is taken for ours.
@@ -233,7 +233,7 @@ async def _nothing(*_: object) -> None:
             "linear_over_backend",
             0,
         ),
-        # A server that comes back is never looked for.
+        # The client does not connect again to a server that comes back.
         (NbdDevice, "_connect_again", _nothing, "linear_over_backend", 97),
         # A dead device counts as open.
         (Health, "is_usable", True, "cache_over_backends", 0),
@@ -274,7 +274,7 @@ class ForgetfulPowercut(PowercutTarget):
     """Flushes its medium, but not what it has cached."""
 
     async def _write_back(self, mark: int, life: int) -> None:
-        """Nothing: it is still to be read, until the power goes."""
+        """Write nothing: the data can be read from the cache until the power is cut."""
 
 
 class HalfStriped(StripedTarget):

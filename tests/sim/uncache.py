@@ -35,7 +35,7 @@ PATIENCE_S: Final = 120.0
 
 
 class _Terminal:
-    """Reports to nobody."""
+    """A reporter that prints nothing."""
 
     def draining(self, now: Draining) -> None:
         """Nothing."""
@@ -81,7 +81,7 @@ async def _run(job: SimUncache) -> int:
 
 
 async def uncache(life: "Life", rng: random.Random) -> int:
-    """Run the job to its end; returns its exit status. Raises: NbdTargetError."""
+    """Run the job to its end. Returns its exit status. Raises: NbdTargetError."""
     job = SimUncache(life)
     running = asyncio.ensure_future(_run(job))
     loop = life.loop
@@ -105,7 +105,7 @@ async def uncache(life: "Life", rng: random.Random) -> int:
 
 
 async def _wait_for_server(job: SimUncache) -> None:
-    """What a killed process has asked for is carried out; its answer reaches nobody."""
+    """Wait until the server has carried out the request of a killed process, and drop the answer."""
     if job.asked is not None:
         await asyncio.wait([job.asked])
         if not job.asked.cancelled():
@@ -113,7 +113,7 @@ async def _wait_for_server(job: SimUncache) -> None:
 
 
 def check_empty(life: "Life") -> None:
-    """The job is done: hold the metadata against what it says. Raises: AssertionError."""
+    """Check that the metadata of a cache whose `uncache` has succeeded maps no block. Raises: AssertionError."""
     image = life.disks["/metadata"].stable_image()
     area = memoryview(image)[: SUPERBLOCK_BLOCKS * BLOCK_SIZE]
     found = choose_superblock(CACHE, area).superblock

@@ -46,7 +46,7 @@ UPGRADES: Final = 0.3  # how many machines see their first lives with an older v
 
 @dataclass
 class History:
-    """What came of a seed.
+    """The outcome of a seed.
 
     Attributes:
         nr_crashes: power cuts and kills; clean shutdowns do not count.
@@ -68,7 +68,7 @@ class History:
     counts: Counter[str] = field(default_factory=Counter)
 
     def fail(self, error: BaseException) -> None:
-        """Something is wrong with what a life has left."""
+        """Note a failure in the images that a life has left."""
         self.failure = self.failure or error
 
 
@@ -188,7 +188,7 @@ class _LogWatch(logging.Handler):
         message = record.getMessage()
         if record.exc_info is None and any(reason in message for reason in REFUSALS):
             return  # the operator tries, and is told so
-        # A server has lost what nobody had flushed, or the operator has left it unflushed.
+        # A server has lost unflushed writes, or the operator has suspended a device without a flush.
         may_be_uncommitted = life.is_stopping and (life.is_hurt or life.suspended)
         if may_be_uncommitted and UNCOMMITTED in message:
             return

@@ -13,7 +13,7 @@
     ends                                   lets I/O go
 
 Before Go, the new process changes nothing that the old one needs to go on, and either of them may say Failed. Go cannot be taken
-back. If the old process ends without it, the new one goes on as well: nobody else has the disks then.
+back. If the old process ends without it, the new one goes on as well: no other process has the disks then.
 
 FORMAT grows when a message changes so that the other side would misunderstand it. A field with a default may be added.
 """

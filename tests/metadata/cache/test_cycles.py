@@ -190,7 +190,7 @@ def test_start_over_a_single_copy_waits_for_a_second_one(store: Store) -> None:
     opened = open_on(store)
     assert not opened.clean_when_opened
     drive(store, opened.start(dirty_log=False))
-    # If that copy rots, what is found is the generation before it, which says clean.
+    # If that copy rots, the opening finds the generation before it, which says clean.
     assert not opened.may_change
     commit(store, opened)
     assert opened.may_change

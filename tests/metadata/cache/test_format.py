@@ -34,7 +34,7 @@ IMAGES = sorted(FIXTURES.glob("cache-*.img"))
 
 
 class CacheReader(Reader):
-    """What a cache's superblock vouches for, held to its rules."""
+    """Reads the records that a cache's superblock vouches for, and checks their rules."""
 
     fixed = (2, 9, 16, 19)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What opening a cache refuses, by name: lies that are sealed well, and rot of every bit."""
+"""Opening a cache refuses wrong content with right digests, and rot of every bit. The error names what is wrong."""
 
 import struct
 from typing import Any
@@ -122,7 +122,7 @@ def test_forged_metadata_opens_if_it_is_right() -> None:
     assert metadata.discarded.bits.to01() == "101"
 
 
-# name: snapshot, journal, sync, fields; then what the error names.
+# Name of the case: snapshot, journal, sync, fields, and the words of the error.
 LIES: dict[str, tuple[list[Any], list[Any], list[Any], dict[str, Any], str]] = {
     "two cache blocks hold one origin block": (
         [],

@@ -339,7 +339,7 @@ def test_transaction_holds_what_blocks_were_at_its_pre_commit(
     metadata.insert(9, 0, dirty=False)
     finish(store, transaction)
     assert mapped(open_on(store)) == {0: 0, 1: 1, 2: 2, 3: 3}
-    assert metadata._before is None, "what changes now, nobody needs"
+    assert metadata._before is None, "no transaction needs the old values"
     metadata.remove(1)
     commit(store, metadata)
     assert mapped(open_on(store)) == {2: 2, 3: 3, 9: 0}

@@ -55,7 +55,7 @@ class CacheModel(RuleBasedStateMachine):
         self.dirty: set[int] = set()
         self.taken: dict[int, int] = {}
         self.committed: dict[int, int] = {}
-        # What a clean shutdown has recorded; None: the last one was not clean.
+        # The dirty blocks that a clean shutdown has recorded; None: the last shutdown was not clean.
         self.recorded: set[int] | None = set()
         self.syncs = False
         self.transaction: CacheTransaction | None = None

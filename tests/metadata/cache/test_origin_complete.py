@@ -64,7 +64,7 @@ def test_a_commit_before_the_mappings_are_dropped_keeps_it() -> None:
 
 
 def test_an_older_version_counts_all_as_dirty_as_before() -> None:
-    """It does not know the flag, and each of its commits leaves it out."""
+    """An older version does not know the flag, and each of its commits leaves it out."""
     store = Store(SIZE)
     metadata = format_on(store)
     drive(store, metadata.start(dirty_log=False, writes_back=False))
@@ -112,7 +112,7 @@ def test_it_is_said_once_the_last_dirty_block_is_home_and_flushed() -> None:
 
 
 def test_a_block_that_turns_dirty_all_the_same_takes_it_back() -> None:
-    """The origin did not take a write through; what is flushed after that is in the cache."""
+    """The origin did not take a write through. Data flushed after that is in the cache."""
     store = Store(SIZE)
     metadata = format_on(store)
     drive(store, metadata.start(dirty_log=False, writes_back=False))
@@ -199,7 +199,7 @@ def test_a_repair_believes_it_while_both_slots_can_be_read() -> None:
 
 
 def test_a_repair_does_not_believe_it_when_the_newest_slot_is_lost() -> None:
-    """What is lost may have been the first commit of a cache that writes back."""
+    """The lost slot may have held the first commit of a cache that writes back."""
     store = used_store()
     newest = open_on(store).generation
     for copy in range(2):
@@ -220,7 +220,7 @@ def test_flags_are_what_a_superblock_says() -> None:
 
 
 def test_writeback_start_revokes_origin_complete_first() -> None:
-    """Another table over the same metadata, of which no clean shutdown could be recorded."""
+    """Another table uses the same metadata, whose clean shutdown could not be recorded."""
     store = Store(SIZE)
     metadata = format_on(store)
     drive(store, metadata.start(dirty_log=False, writes_back=False))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rot: whatever bit of an image flips, opening repairs it or refuses it by name.
 
-One rotten superblock copy costs nothing; a rotten record that is vouched for is refused; what
-nobody vouches for may rot. Never is an older state served, nor one that never was.
+One rotten copy of a superblock costs nothing. A rotten record is refused if a superblock vouches for it, and does not
+matter otherwise. Neither an older state is ever served, nor one that never existed.
 
 Every seventh bit of every envelope is flipped; `make test-long` flips every one, and `make rot` (ROT_DEEP=1) those of
 the padding, too.
@@ -129,8 +129,8 @@ def test_rotten_record_is_refused_beside_a_rotten_copy_too(name: str) -> None:
         for copy in range(SUPERBLOCK_BLOCKS):
             image = spoiled(aged.image, block, copy)
             if name == "torn_commit" and copy == newest:
-                # The only copy of a generation that nobody was told of: if the record is of
-                # that one alone, what was acknowledged is whole.
+                # The only copy of a generation that was never acknowledged: if the record belongs
+                # to that generation alone, all acknowledged data is whole.
                 assert_right_or_named(aged, image)
                 continue
             with pytest.raises(CorruptMetadata) as caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a commit writes, and how much is done between two yields: counted, never timed.
+"""The bytes that a commit writes, and the work that it does between two yields. Both are counted, never timed.
 
 A clone of 1 TiB in regions of 4 KiB. Its snapshot is 32 MiB as soon as its regions are
 scattered; a thousand random regions change between two commits.
@@ -97,7 +97,7 @@ class Clone:
         self.metadata = self.store.run(steps, meter)
 
     def opened(self, meter: "Meter | None" = None) -> CloneMetadata:
-        """What is on the device now."""
+        """Open the metadata that is on the device now."""
         size = self.store.size
         steps = CloneMetadata.open(device_size=size, **self.geometry)
         return self.store.run(steps, meter)
@@ -168,7 +168,7 @@ def test_commit_of_nothing_but_the_flag_is_a_superblock() -> None:
     assert clone.metadata.pre_commit(clean_shutdown=True) is None
 
 
-# Steps. What takes long is work on many bytes of the bitmap; it is counted for each step.
+# Steps. Work on many bytes of the bitmap takes long, so these bytes are counted for each step.
 
 
 class Meter:

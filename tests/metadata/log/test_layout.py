@@ -196,7 +196,7 @@ def test_swapped_journal_blocks_are_refused() -> None:
 
 
 def test_older_journal_block_in_its_place_is_refused() -> None:
-    # What a lost write leaves: the block is intact, but of an earlier life of the arena.
+    # After a lost write the block is intact, but it belongs to an earlier use of the arena.
     image, superblock = used_image()
     block = superblock.journal_end - 1
     chain = Chain(block=block, end=block + 1, digest=UUID)

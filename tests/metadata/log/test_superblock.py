@@ -263,7 +263,7 @@ def test_later_fields_that_are_too_deep_are_skipped_or_corrupt() -> None:
 def test_counter_that_could_not_go_on_is_refused_by_name(
     field: str, value: int
 ) -> None:
-    # The next commit could not encode it: a clone that is lost in the middle of its work.
+    # The next commit could not encode this value: the clone would fail in the middle of its work.
     generations = {"generation": N, field: value}
     other = generations["generation"] - 1
     newest = make_superblock(generations.pop("generation"), **generations)
@@ -272,7 +272,7 @@ def test_counter_that_could_not_go_on_is_refused_by_name(
 
 
 def test_bitmap_that_its_arena_could_not_hold_is_refused() -> None:
-    # Else a lying target_size takes 256 MiB of memory before anything else is looked at.
+    # Otherwise a wrong target_size would take 256 MiB of memory before anything else is checked.
     huge = {"region_size": 512, "target_size": 512 << 31}
     area = put_all(make_superblock(N, **huge), make_superblock(N - 1, **huge))
     with pytest.raises(CorruptMetadata, match="arena_blocks"):
@@ -328,7 +328,7 @@ def test_device_shorter_than_the_superblock_area(
 
 
 def test_opening_begins_with_a_flush() -> None:
-    """What is read may lie in the disk's own cache, where a killed server has left it."""
+    """The data may lie only in the disk's own cache, where a killed server has left it."""
     store = Store(8 * BLOCK_SIZE)
     with pytest.raises(NotFormatted):
         drive(store, read_superblock(CLONE, store.size))

@@ -39,7 +39,7 @@ GARBAGE = b"\xa5" * BLOCK_SIZE
 
 
 class Unreadable(Exception):
-    """What a device raises: the run ends there."""
+    """The error of a device, which ends the run."""
 
 
 class RottenStore(Store):
@@ -161,7 +161,7 @@ def test_both_slots_are_good_again_after_the_commits_of_the_first_resume(
 def test_copy_that_becomes_readable_later_is_not_believed(
     copies: int, block: int
 ) -> None:
-    """It may be the only copy of a commit that nobody was told of, and whose records are overwritten."""
+    """The copy may be the only one of a commit that was never acknowledged, and its records may be overwritten."""
     store = RottenStore(life(copies), {block})
     metadata = open_on(store)
     opened = metadata.generation
@@ -193,7 +193,7 @@ def _whole_commit(metadata: CloneMetadata) -> Steps[None]:
 def test_a_power_cut_that_spoils_the_sectors_being_written_leaves_a_copy(
     writes_at_once: int,
 ) -> None:
-    """Two copies under way at once: both may be lost. That is why they are written in turn."""
+    """A power cut may spoil both copies if both are being written. So the copies are written one after the other."""
     store = Store(SIZE)
     metadata = format_on(store)
     refused = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline tools over cache metadata that nobody would write (fuzz_cache.py makes them).
+"""The offline tools over damaged and forged cache metadata, which fuzz_cache.py makes.
 
 Whatever comes is refused in one line, or salvaged: what was salvaged can be dumped, read back, restored
 without damage, and recorded as written back.

@@ -163,7 +163,7 @@ def test_power_cut_leaves_all_of_it_or_nothing_that_opens(old: str) -> None:
     assert content_of(bytes(store.durable)) == content
 
 
-# What was written back
+# Blocks that were written back
 
 
 def written_back(*cblocks: int) -> bitarray:
@@ -202,7 +202,7 @@ def test_cache_that_was_written_back_goes_on(age: str) -> None:
     commit(store, metadata)
     reopened = cache_open(store)
     mapped = reopened.nr_mapped
-    # What is LOGGED still is dirty after a crash; that it need not be is the next commits' business.
+    # A block that is still LOGGED counts as dirty after a crash, until a later commit records that it is clean.
     assert reopened.nr_dirty <= mapped
     assert reopened.is_dirty(39)
 

@@ -60,7 +60,7 @@ def mappings(content: CacheContent) -> dict[int, int]:
 
 
 def check_found(found: CacheContent, truth: CacheContent) -> None:
-    """What is not doubtful is true; each dirty block is there, or counted."""
+    """Check that each mapping not called doubtful is true, and that each dirty block is there or counted as lost."""
     assert found.generation == truth.generation
     true = mappings(truth)
     doubtful = found.doubtful or bitarray(len(found.values))
@@ -139,7 +139,7 @@ def test_block_that_a_broken_record_may_have_moved_is_doubtful_and_dirty() -> No
     image = lives()["journal"].image
     blocks = journal_blocks("journal")
     found = salvaged(rot(image, blocks[-2])).content
-    # What the last record names is known: block 4 was unmapped by it.
+    # The last record is intact, so its blocks are known: it unmapped block 4.
     assert 4 not in mappings(found)
     assert found.doubtful is not None
     assert found.nr_doubtful == found.nr_mapped
@@ -200,7 +200,7 @@ def test_dirty_block_that_is_missing_after_a_clean_shutdown_is_counted() -> None
     found = salvaged(rot(aged.image, first)).content
     assert found.nr_lost
     assert found.flags == 0
-    # Nothing vouches for what is clean any more either.
+    # No record says any more which blocks are clean, either.
     assert found.dirty.count() == found.nr_mapped
 
 
@@ -230,7 +230,7 @@ def test_base_is_not_believed_beside_a_failed_commit() -> None:
     assert not found.flags & NEEDS_CHECK
 
 
-# What is dirty
+# Dirty blocks
 
 
 @pytest.mark.parametrize("age", ["clean", "compacted_clean"])
@@ -405,7 +405,7 @@ def test_mend_heals_copies_and_refuses_damage() -> None:
     assert bytes(store.current()) == damaged
 
 
-# What only a bug leaves
+# Metadata that only a bug can make
 
 
 def forged(entries: list[tuple[int, int]], **fields: object) -> bytes:
@@ -505,7 +505,7 @@ def test_all_that_cannot_be_is_told_though_digests_fit(
 
 
 def test_forgery_is_what_is_wrong() -> None:
-    """Else the test above could pass for another reason."""
+    """The forged metadata has no other fault. Otherwise the test above could pass for another reason."""
     image = forged([(30, value(1))], nr_mapped=12)
     assert examined(image).damage == ()
     superblock = superblock_of(image)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record says of cache blocks, however wrong it is."""
+"""Values of cache blocks are read from records, also from wrong ones."""
 
 import pytest
 

@@ -118,7 +118,7 @@ def refusal(image: bytes) -> MetadataError | None:
 
 
 def formats(image: bytes) -> bool:
-    """Whether a clone would start anew over it."""
+    """Whether a clone would format this image."""
     steps = CloneMetadata.format(
         device_size=len(image),
         region_size=REGION_SIZE,
@@ -134,7 +134,7 @@ def formats(image: bytes) -> bool:
 
 @pytest.mark.parametrize("old", ["", "overtaken"])
 def test_power_cut_leaves_all_of_it_or_nothing_that_opens(old: str) -> None:
-    """At every operation, with every subset and some torn writes."""
+    """The power is cut at every operation, with every subset of the pending writes and some torn ones."""
     rng = random.Random(1)
     content = content_of_age("compacted")
     before = ages()[old].image if old else bytes(SIZE)

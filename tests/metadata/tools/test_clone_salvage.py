@@ -167,7 +167,7 @@ def test_orphans_prove_nothing() -> None:
 
 
 def test_unfinished_snapshot_in_the_older_arena_is_ignored() -> None:
-    """It begins with the uuid too, and holds bits that no commit vouched for."""
+    """An unfinished snapshot begins with the uuid, too, and holds bits that no commit vouched for."""
     life = Life()
     _compacted(life)
     life.fill()

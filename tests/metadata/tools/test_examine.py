@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examine` tells damage from what is harmless; `mend` writes only what nobody can lose by."""
+"""`examine` distinguishes damage from harmless findings; `mend` never writes over data that could be needed."""
 
 import random
 

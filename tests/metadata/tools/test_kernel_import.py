@@ -44,7 +44,7 @@ def cache_of(image: bytes) -> CacheContent:
     return content
 
 
-# What kernels 6.1 and 6.12 wrote
+# Metadata that kernels 6.1 and 6.12 wrote
 
 
 def test_every_kernel_format_and_end_is_there() -> None:
@@ -157,7 +157,7 @@ def test_the_checksum_is_crc32c() -> None:
     assert crc32c(b"123456789") ^ 0xFFFFFFFF == 0xE3069283
 
 
-# What is refused
+# Refusals
 
 
 def test_other_content_is_no_metadata_of_the_kernels() -> None:

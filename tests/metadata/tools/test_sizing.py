@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes before there is a device are those that creation and formatting go by."""
+"""The sizes that are computed before a device exists are those that creation and formatting use."""
 
 import pytest
 
