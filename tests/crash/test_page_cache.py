@@ -182,7 +182,7 @@ class Walk:
 
     def _stay(self, name: str) -> Stay:
         if name == "/metadata" and self.rng.random() < 0.5:
-            return Stay.UNTOLD  # then the first commits of the resume alone must keep the flushed data
+            return Stay.UNTOLD  # then the first commits of the resume must be enough
         return self.rng.choice([Stay.NONE, Stay.MAPPED])
 
 

@@ -93,7 +93,7 @@ class CacheLab:
         self.clock = SimClock()
         self.registry = Registry(self, clock=self.clock)
 
-    # What the registry asks of an opener.
+    # The methods of an opener, for the registry
 
     def identity(self, name: str) -> str:
         return name
@@ -375,7 +375,7 @@ class CacheLab:
         await self.registry.close()
 
     async def check(self) -> None:
-        """What is on the metadata disk must open, unless it says that it needs a check."""
+        """Check that the metadata on disk can be opened, unless they say that they need a check."""
         try:
             await self.recorded()
         except NotFormatted:

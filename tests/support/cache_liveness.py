@@ -3,8 +3,8 @@
 
 Each disk ends a bio inside `submit`, in a later turn of the loop, or seconds later, and fails some operations for
 a while; time passes by itself. Whatever was asked for must end: bios, suspends, messages. When all has come to
-rest nobody holds or locks a block, the policy knows what the metadata know, and after `remove` no timer is left.
-What the data are, the crash machine and the simulation look at.
+rest no block is held or locked, the policy has the mappings of the metadata, and after `remove` no timer is left.
+This module does not look at the data: the crash machine and the simulation do.
 """
 
 import asyncio
@@ -131,7 +131,7 @@ class Liveness:
     # Asking
 
     async def _round(self) -> bool:
-        """Do something; whether the device goes on."""
+        """Do one thing. Returns whether the device still works."""
         rng, lab = self.rng, self.lab
         if self.may_fail and rng.random() < 0.1:
             self._let_fail()
@@ -211,7 +211,7 @@ class Liveness:
         self.asked.append(asyncio.ensure_future(self._ended(coroutine)))
 
     async def _ended(self, coroutine: Coroutine[Any, Any, object]) -> bool:
-        """Wait for an answer; whether it is a yes."""
+        """Wait for an answer. Returns whether it is a success."""
         task = asyncio.ensure_future(coroutine)
         await self._until(task.done, repr(coroutine))
         error = task.exception()

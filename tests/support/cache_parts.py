@@ -109,7 +109,7 @@ class Table:
         self.parts.policy.load_mapping(cblock, oblock, dirty, None)
 
     async def suspend(self) -> None:
-        """What postsuspend does: a full sync."""
+        """Do as postsuspend does: a full sync."""
         metadata, policy = self.metadata, self.parts.policy
         hints = array("I", map(policy.get_hint, range(metadata.nr_cblocks)))
         metadata.prepare_shutdown(
@@ -131,7 +131,7 @@ class Table:
         )
 
     async def from_disk(self) -> CacheMetadata:
-        """What a power cut now would leave."""
+        """Open the metadata that a power cut now would leave."""
         device = self.bench.metadata.device
         opening = CacheMetadata.open(
             device_size=device.size, block_size=self.parts.block_size

@@ -42,7 +42,7 @@ class Lab:
         self.spies: dict[str, Spy] = {}
         self.registry = Registry(self, clock=self.clock)
 
-    # What the registry asks of an opener: the real one, behind a spy.
+    # The methods of an opener, for the registry: the real one, behind a spy
 
     def identity(self, name: str) -> Hashable:
         return resolve.identity(name)

@@ -204,7 +204,7 @@ class CrashDevice(Device):
         errno = self._errno(bio)
         for watcher in self.watchers:
             watcher.started(self, bio)
-        # What a FLUSH covers is decided here, not when it is carried out.
+        # A FLUSH covers the writes that have ended now, when it is submitted, and not later ones.
         mark = self._cache.mark
         if isinstance(self._lie, Slow):
             bio.own()
@@ -227,7 +227,7 @@ class CrashDevice(Device):
         self.is_cut = True
 
     def abandon(self, bios: Collection[Bio]) -> None:
-        """Whoever sent these has gone: of those under way, each is carried out now, or never."""
+        """The sender of these bios has gone: each of them that is under way is carried out now, or never."""
         under_way = [each for each in self._deferred if each[0] in bios]
         self._deferred = [each for each in self._deferred if each[0] not in bios]
         for bio, mark, errno in under_way:
@@ -240,15 +240,15 @@ class CrashDevice(Device):
         self._cache.clear()
 
     def image(self) -> bytes:
-        """What a read of the whole running device returns."""
+        """Return the bytes that a read of the whole running device would return."""
         return bytes(self._read(0, self.size))
 
     def stable_image(self) -> bytes:
-        """What survives whatever happens."""
+        """Return the bytes that every power cut leaves."""
         return bytes(self._stable)
 
     def crash(self, seed: int, fate: Fate = Fate.MIXED) -> bytes:
-        """What the disk holds after a power cut now: one possibility, drawn from `seed`."""
+        """Return one content that the disk may have after a power cut now, drawn from `seed`."""
         return self._image_with(
             survivors(self._at_risk(), fate, seed, border=self.border)
         )
@@ -275,7 +275,7 @@ class CrashDevice(Device):
                 yield image
 
     def reopen(self, image: bytes, seed: int | None = None) -> "CrashDevice":
-        """The same disk after the power is back, holding `image`; it lies no more."""
+        """Return the same disk after the power is back, with `image` as its content and without a lie."""
         return CrashDevice(
             self.size,
             self._seed + 1 if seed is None else seed,
@@ -287,7 +287,7 @@ class CrashDevice(Device):
         )
 
     def _errno(self, bio: Bio) -> int:
-        """What this bio will fail with, or 0."""
+        """Return the errno that this bio will fail with, or 0."""
         durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
         fails = self._lies_to(bio)
         # A DISCARD promises nothing: one that fails has lost nothing.
@@ -418,11 +418,11 @@ def part_of(bio: Bio, rng: random.Random) -> Bio | None:
 
 
 def _nobody_waits(_: Bio) -> None:
-    """What it is a part of has failed."""
+    """Do nothing: the bio that this one is a part of has failed already."""
 
 
 def _written(bio: Bio) -> bytes | memoryview | None:
-    """What the range holds after the bio, or None; a discard that is cut short, its pattern."""
+    """Return the bytes that the bio leaves in its range, or None. A discard that is cut short leaves a pattern."""
     if bio.op == OP_WRITE:
         return bio.payload
     if bio.op == OP_WRITE_ZEROES:

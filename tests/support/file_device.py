@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of FileDevice share: bios, and calls of fdatasync that are counted and held back."""
+"""Helpers for tests of FileDevice: bios, and calls of fdatasync that are counted and held back."""
 
 import os
 import threading

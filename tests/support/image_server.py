@@ -27,7 +27,7 @@ def etag_of(name: str) -> str:
 
 
 class Request(NamedTuple):
-    """What was asked for. `headers` have lower-case names; a range is half-open; `end` 0: there is none."""
+    """A request. `headers` have lower-case names; a range is half-open; `end` 0: there is no range."""
 
     method: str
     target: str
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 class Answer:
-    """What is answered. A test changes any of it.
+    """An answer. A test may change every part of it.
 
     Attributes:
         sends: how many bytes of the body are sent before the server hangs up; None: all.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a test fail on a busy machine, found in its source; `tests/test_tidy.py` asks for it.
+"""Finds code in tests that fails on a busy machine, for `tests/test_tidy.py`.
 
 Each function takes the nodes of a module's tree, in any order.
 """
@@ -11,9 +11,7 @@ from typing import Final
 __all__ = ["counted_waits", "short_limits", "speed_limits"]
 
 LONG_S: Final = 60
-MEANT_TO_END_S: Final = (
-    1  # what is shorter is a limit that the test wants to see exceeded
-)
+MEANT_TO_END_S: Final = 1  # a shorter limit is one that the test wants to see exceeded
 
 # Calls whose number is a limit, and keywords that are one.
 CALLS: Final = {"communicate", "join", "select", "settimeout", "timeout", "wait_for"}

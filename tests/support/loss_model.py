@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle for disks that fail and go on: a FLUSH that fails puts what it should have covered in doubt.
 
-As after a failed fsync: of what was written and not flushed before, nobody may say any more that it
-is there, or that it is not, so no later FLUSH promises it. As long as no FLUSH has failed, each
-that succeeds promises all that had ended when it was submitted: a loss must be confessed
-before a FLUSH ends with 0. A process that dies and is started again in the same boot forgets
-nothing that has reached the system, but promises nothing either (`doubt`). What it then
-reads (`observe`) is the truth that its next FLUSH makes durable.
+As after a failed fsync, writes that were not flushed before may be there or not, so no later FLUSH
+promises them. As long as no FLUSH has failed, each FLUSH that succeeds promises all writes that had
+ended when it was submitted: a loss must be reported before a FLUSH ends with 0. A process that dies
+and is started again in the same boot loses no write that has reached the system, but promises none
+either (`doubt`). The content that it then reads (`observe`) is made durable by its next FLUSH.
 
-The writes are of whole sectors: of a part of one, nobody could say what it was laid over.
+All writes are of whole sectors. After a write of a part, the rest of its sector would be unknown.
 """
 
 from tests.support.model import SECTOR, DiskModel, Write
@@ -33,12 +32,12 @@ class LossModel(DiskModel):
             return
         self.nr_changes += 1
         for sector, write in zip(self._sectors, promised, strict=True):
-            # What another FLUSH has put in doubt meanwhile, this one does not promise.
+            # This FLUSH does not promise writes that another one has put in doubt meanwhile.
             if write.ended and write in sector.history:
                 del sector.history[: sector.history.index(write)]
 
     def doubt(self) -> None:
-        """What is not flushed may be lost, and somebody was told."""
+        """Unflushed writes may be lost, and a client was told of it."""
         self.nr_changes += 1
         for sector in self._sectors:
             first, *others = sector.history
@@ -48,7 +47,7 @@ class LossModel(DiskModel):
                 write.ended = False
 
     def observe(self, content: bytes | memoryview) -> None:
-        """Everything was read after a start: hold it against what it may be; it stays so.
+        """Check the content that was read after a start. It must not change from now on.
 
         Raises: Violation.
         """
@@ -61,5 +60,5 @@ class LossModel(DiskModel):
             sector.history.append(Write(value, True, "observed"))
 
     def check_running(self, offset: int, data: bytes | memoryview) -> None:
-        """Hold a read of a disk that has failed: anything that a crash could leave."""
+        """Check a read of a disk that has failed: it may return anything that a crash could leave."""
         self.check_survivor(data, offset)

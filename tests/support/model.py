@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk may say: the oracle of the crash tests.
+"""The oracle of the crash tests: which bytes a disk may return.
 
 Theory of operation. For each 512-byte sector the model keeps the values that it has held,
 oldest first, as `Write`s. A read of a running disk must return the newest value. After a power cut,
@@ -11,10 +11,10 @@ promised:
 - a FUA write that ended with 0 raises it to itself.
 
 A write that failed, or that was under way at the cut, may or may not be there. A discard
-makes a sector `ANYTHING` until it is written again. After a cut, `settle` takes what the disk
-says as the new truth: it is on stable storage, and every later answer is held against it. Not
-so what may have been discarded, if `discards_last`: a cache has two copies of it, which may
-differ, and nobody minds which of them is read.
+makes a sector `ANYTHING` until it is written again. After a cut, `settle` takes the content that the
+disk returns as the new truth: it is on stable storage, and every later answer is compared with it.
+Sectors that may have been discarded are an exception, if `discards_last`: a cache has two copies of
+them, which may differ, and either of them may be read.
 
 Concurrent bios must not overlap: the driver waits first (NBD leaves their order open). Where they
 may, `tests.support.overlap_model` is the oracle.
@@ -28,7 +28,7 @@ SECTOR = 512
 
 
 class Violation(AssertionError):
-    """The disk said what it must not say."""
+    """The disk returned bytes that it must not return."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +38,7 @@ class Write:
     Attributes:
         ended: well; a failed write stays possible.
         began, over: its span, for `OverlapModel`.
-        owner, in_doubt: who wrote it, and whether somebody else was told that it may be
+        owner, in_doubt: the client that wrote it, and whether another client was told that it may be
             lost, for the simulation's model.
     """
 
@@ -161,7 +161,7 @@ class DiskModel:
         return any(write.value is None for write in self._sectors[sector_nr].history)
 
     def copy(self) -> "DiskModel":
-        """What a power cut at this moment may leave, whatever is promised later."""
+        """Return a model of a power cut at this moment, which later promises do not change."""
         model = DiskModel(b"", discards_last=self.discards_last)
         model.size = self.size
         model._sectors = [_Sector(list(sector.history)) for sector in self._sectors]
@@ -186,7 +186,7 @@ class DiskModel:
 
 
 def _visible(history: list[Write]) -> list[Write]:
-    """What a read of the running disk may return: the last write that ended well, and any
+    """Return the writes that a read of the running disk may see: the last write that ended well, and any
     later one that failed or is under way."""
     for nr in range(len(history) - 1, -1, -1):
         if history[nr].ended:
@@ -199,7 +199,7 @@ def _patched(old: bytes | None, begin: int, offset: int, data: bytes) -> bytes |
     if high - low == SECTOR:
         return data[low - offset : high - offset]
     if old is None:
-        return None  # part of a discarded sector: the rest of it is still anything
+        return None  # a part of a discarded sector is written: the rest may still hold anything
     return old[: low - begin] + data[low - offset : high - offset] + old[high - begin :]
 
 

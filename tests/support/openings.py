@@ -72,14 +72,14 @@ class Opening(Device):
         self.let_go(errnos.EIO)
 
     async def identify(self, role: str) -> Evidence:
-        """It has a name, and tells nothing else: what it holds is compared."""
+        """Tell the name and nothing else, so that targets compare the content."""
         return Evidence("crash device", self.name, self.size)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self.disk.extents(offset, length)
 
     def go_on(self, rng: random.Random) -> None:
-        """It hangs no more."""
+        """End the hang: carry out the requests that were held back."""
         self.is_hung = False
         held, self._held = self._held, []
         rng.shuffle(held)
@@ -88,12 +88,12 @@ class Opening(Device):
                 self.disk.submit(ours)
 
     def let_go(self, errno: int) -> None:
-        """The connection is gone: what is in flight ends, and has happened or not."""
+        """The connection is gone: the requests in flight end, and each has been carried out or not."""
         self.health.lose(errno)
         self.break_off()
 
     def break_off(self) -> None:
-        """What is in flight ends, and has happened or not."""
+        """End the requests in flight. Each has been carried out or not."""
         under_way, self._under_way = self._under_way, {}
         self._held.clear()
         self.disk.abandon(under_way.keys())
@@ -176,7 +176,7 @@ class Openings:
             opening.let_go(errnos.ECONNRESET)
 
     def come_back(self, disk: CrashDevice, seed: int, fate: Fate) -> None:
-        """It may be opened again; `fate` is that of what nobody had flushed."""
+        """Let the disk be opened again; `fate` is that of the unflushed writes."""
         self._gone.discard(disk.name)
         disk.lose_power(seed, fate)
 
@@ -198,7 +198,7 @@ class Openings:
         other.latches = False
 
     def die(self) -> None:
-        """The process that had them open is dead: what was in flight has happened or not."""
+        """The process that had the disks open is dead: each request in flight has been carried out or not."""
         for opening in self.live:
             opening.let_go(errnos.EIO)
         self.live.clear()

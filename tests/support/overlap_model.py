@@ -3,7 +3,7 @@
 
 Theory of operation. Each write has a span, from its submission to its end. A write is
 **superseded** by another one that was submitted after it had ended, and that has itself ended well.
-What is not superseded may be read, and may survive:
+A write that is not superseded may be read, and may survive:
 
     two writes overlap in flight      after both ended, the sector holds one of the two
     a read sees which (no write is    it stays that one: from then on the others count as
@@ -12,7 +12,7 @@ What is not superseded may be read, and may survive:
                                         writes that had ended then, cannot survive any more
     a FUA write ends with 0           what had ended when it was submitted cannot, either
 
-The writes are of whole sectors: of a part of one, nobody could say what it was laid over.
+All writes are of whole sectors. After a write of a part, the rest of its sector would be unknown.
 """
 
 from dataclasses import replace
@@ -144,7 +144,7 @@ class OverlapModel(DiskModel):
         return [write for write in history if not write.over < newest]
 
     def _seen(self, nr: int, write: Write) -> None:
-        """Nothing was in flight, and it is this one: what else had ended is older."""
+        """A read without writes in flight has returned this write: the others that had ended are older."""
         if write.ended and len(self._visible_at(nr)) > 1:
             self._now += 1
             write.began = write.over = self._now

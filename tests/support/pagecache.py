@@ -7,7 +7,7 @@ written becomes **clean all the same**, and goes on showing its new content: a l
 that. Its error is told once to each open file, by the next sync; an opening after that sees no error, writes nothing,
 and reads the lies. They go
 
-    when the page is written again     the whole page is, also what of it nobody touched
+    when the page is written again     the whole page is, also the bytes that were not changed
     when clean pages are dropped       and then the disk's content is read
     with the power                     they never were on the disk
 
@@ -78,19 +78,19 @@ class PageCacheDevice(CrashDevice):
 
     def open_again(self, stay: Stay) -> None:
         """Open the file in the same boot, as the product does. Raises: OSError."""
-        # An error that nobody has been told of yet is told to whoever opens the file next.
+        # The kernel reports an error that was not reported yet to the next open file.
         self._seen_nr = self._told_nr
         with _system_calls_of(self, stay):
             page_cache.believe_the_disk(-1, self.size)
 
     def finish_or_forget(self, rng: random.Random) -> None:
-        """The process is killed: what it had under way is carried out, or never was."""
+        """The process is killed: each of its requests under way is carried out now, or never."""
         for bio, mark, errno in self._deferred:
             if not errno and bio.op not in (OP_READ, OP_FLUSH) and rng.random() < 0.5:
                 self._take_effect(_without_fua(bio), mark)
         self._deferred.clear()
 
-    # What the page cache does
+    # The page cache
 
     def sync(self, mark: int) -> int:
         """fdatasync: write what is dirty; return the errno that this open file is told."""
@@ -121,7 +121,7 @@ class PageCacheDevice(CrashDevice):
             self._stable[nr * SECTOR : (nr + 1) * SECTOR] = value
             self.lies.pop(nr, None)
 
-    # What a crash device does
+    # The crash device
 
     def _carry_out(self, bio: Bio, mark: int, errno: int) -> None:
         if not errno:

@@ -49,7 +49,7 @@ class PlainClient:
     """One connection.
 
     Attributes:
-        sock: the socket, for whoever wants to send something else.
+        sock: the socket, for tests that send something else.
         size, flags: what GO said of the export.
     """
 

@@ -117,7 +117,7 @@ class Block:
 
     @property
     def is_apart(self) -> bool:
-        """Whether nobody but the table knows of it."""
+        """Whether the entry is in no queue, so that only the table has it."""
         return self.pinned and not self.dirty
 
 
@@ -151,7 +151,7 @@ class PlainSmq:
     noted: int = 0
     nr_hit: int = 0
     is_full: bool = False
-    # What an LRU cache would have, and how many hits it is ahead of this one.
+    # The blocks that an LRU cache would hold, and how many hits it is ahead of this one.
     lru: list[int] = field(default_factory=list)
     lru_lead: float = 0
     lru_lead_min: int = 64

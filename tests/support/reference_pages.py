@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages of the reference name, and the names that stand in the source."""
+"""The names on the pages of the reference, and the names in the source."""
 
 import ast
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of remote images share: the image, the kinds of URLs that lead to it, and ways in which its server misbehaves."""
+"""Helpers for tests of remote images: the image, the kinds of URLs that lead to it, and ways in which its server misbehaves."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -44,7 +44,7 @@ Misbehaviour = Callable[[Answer], None]
 
 
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for a time to pass, and none has credentials or proxies of the machine."""
+    """Let no test wait for time to pass, or use credentials or proxies of the machine."""
     monkeypatch.setattr(retry, "RETRY_S_MIN", 0.0001)
     monkeypatch.setattr(retry, "RETRY_S_MAX", 0.0001)
     monkeypatch.setattr(fetcher_module, "RENEW_S_MIN", 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a test fail on a busy machine is found."""
+"""Tests of the search for code that makes a test fail on a busy machine."""
 
 import ast
 

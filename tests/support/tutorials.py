@@ -33,7 +33,7 @@ from tests.support.reference_pages import DOCS
 
 __all__ = ["Block", "Difference", "blocks_of", "run_page"]
 
-# What the terminal sends to the process in it.
+# The terminal sends these signals to the process in it.
 KEYS: Final = {"^C": signal.SIGINT, "^\\": signal.SIGQUIT}
 _BLOCK: Final = re.compile(
     r"(?:<!-- run: (\w+) -->\n+)?```console\n(.*?)```", re.DOTALL

@@ -166,7 +166,7 @@ class World:
         return str(caught.value)
 
     async def superblock(self) -> CacheSuperblock:
-        """What the metadata says; the device has gone."""
+        """Read the superblock of the metadata, after the device was removed."""
         await self.registry.close()
         device = await resolve.open_device(str(self.directory / "meta"))
         area = await metadata_io.run(device, read_area(device.size))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wire fuzzer sends to a whole server, and what a small model says must come of it.
+"""The conversations of the wire fuzzer with a whole server, and a small model of the right answers.
 
 A conversation is right but for requests that a client should not send. Each of these is answered with an error. The model
 is written from the standard, and not from the code.
@@ -34,7 +34,7 @@ SIZE: Final = 256 * KIB
 PAYLOAD_MAX: Final = 96 * KIB
 READ_SLICE: Final = 32 * KIB
 RANGE_SLICE: Final = 64 * KIB
-# What is negotiated: simple replies, structured ones, or extended headers.
+# A client negotiates simple replies, structured ones, or extended headers.
 HOW: Final = ("simple", "structured", "extended")
 ASKS_FOR: Final = {
     "simple": b"",
@@ -66,7 +66,7 @@ class Asked:
 
 
 class Conversation:
-    """What one client sends: a handshake that is right, and requests that mostly are.
+    """The bytes that one client sends: a right handshake, and requests that are mostly right.
 
     Attributes:
         stream: all of it.
@@ -197,7 +197,7 @@ def _overlap(one: range, other: range) -> bool:
 
 
 class Received:
-    """What the server sent in transmission, taken apart.
+    """The replies that the server sent in transmission, taken apart.
 
     Attributes:
         answers: (cookie, is an error, data) of each reply that is whole.

@@ -164,7 +164,7 @@ def option(rng: random.Random) -> bytes:
 
 
 def options(rng: random.Random) -> tuple[bytes, int]:
-    """What a client may send in its handshake, and of how many messages that is."""
+    """Return options that a client may send in its handshake, and the number of messages."""
     flags = rng.choice((3, 3, 3, 1, 0, 4))
     nr = rng.randrange(6)
     some = b"".join(option(rng) for _ in range(nr))
@@ -387,7 +387,7 @@ async def _connect(path: Path) -> socket.socket:
 
 
 def _transmission_of(sent: bytes) -> bytes:
-    """What a server sent behind the last answer to an option; nothing if it did not get so far."""
+    """Return the bytes that a server sent behind the last answer to an option; empty if it did not get so far."""
     at = 18
     while sent[at : at + 8] == c.OPTION_REPLY_MAGIC.to_bytes(8):
         _, code, kind, length = c.OPTION_REPLY.unpack_from(sent, at)

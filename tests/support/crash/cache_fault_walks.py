@@ -105,7 +105,7 @@ class FaultDriver(CacheDriver):
 
 
 def draw_walk(rng: random.Random) -> list[Step]:
-    """Whole sectors: of part of one, nobody can say what a failed write left around it."""
+    """Draw a walk that writes whole sectors: a failed write of a part leaves the rest of its sector unknown."""
     kinds = {kind: weight for kind, weight in WEIGHTS.items() if kind not in LEFT_OUT}
     walk: list[Step] = []
     for kind in rng.choices(list(kinds), list(kinds.values()), k=STEPS):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of a cache besides the oracle: the invariants J1 to J8.
+"""The invariants J1 to J8, which must hold of a cache besides the oracle.
 
 Theory of operation. `CacheInvariants` watches the crash devices of one life, and the cache that
-serves bios there. What it asserts it sees with its own eyes: what the metadata device holds durably
-is read from that device, by opening it, whenever it has been written.
+serves bios there. It trusts no state of the target: it reads the durable metadata from the metadata
+device, by opening it, whenever that has been written.
 
     J1  what was written back is on the origin before the mapping's removal is       images,
         committed; that is committed before the cblock gets another block's data,    bios
@@ -11,7 +11,7 @@ is read from that device, by opening it, whenever it has been written.
     J2  no two cblocks map one oblock; policy and metadata say the same              each look
     J3  passthrough: nothing is dirty, nothing is promoted, nothing is written       each look,
         to the cache device                                                          bios
-    J4  a clean block that nobody works on is the same on both devices               each look
+    J4  a clean block without a lock is the same on both devices                     each look
     J5  while CLEAN_SHUTDOWN is on disk no data is written; after a cut every        bios,
         block that is recorded clean has on the origin what the oracle allows        images
     J6  after an unclean stop each mapped block is dirty (with a dirty log: each     images
@@ -22,11 +22,11 @@ is read from that device, by opening it, whenever it has been written.
         same; when it becomes 0 there is an event
     J8  a cache that is idle and clean does no I/O at all                            `quiet`
 
-J4 leaves out what was discarded: there the devices may differ, and nobody minds. J4 and J7's event
+J4 leaves out discarded sectors, on which the devices may differ. J4 and J7's event
 are about a cache whose devices work: a disk that has failed ends them for its life.
 
 `counts` says how often each was held against something, and how often each of the events
-happened that a cache is there for: a rig that never gets there proves nothing.
+happened that a cache is there for: a rig without such events proves nothing.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ __all__ = ["EVENTS", "CacheInvariants", "maybe_open_cache"]
 
 WRITES: Final = (OP_WRITE, OP_WRITE_ZEROES, OP_DISCARD)
 
-# What is counted: who does it, and how it is called.
+# The events that are counted: the attribute of the target, and its method that carries one out.
 EVENTS: Final = {
     "promotions": ("_migrations", "_promote"),
     "demotions": ("_migrations", "_demote"),
@@ -185,7 +185,7 @@ class CacheInvariants(Invariants):
         self.look()
 
     def maybe_on_disk(self) -> CacheMetadata | None:
-        """What the metadata device holds, whatever happens now."""
+        """Return the durable metadata, which a power cut now would leave."""
         if self._is_stale:
             self._is_stale = False
             image = self.metadata.stable_image()
@@ -195,7 +195,7 @@ class CacheInvariants(Invariants):
     # ---- what the machine says ----
 
     def look(self) -> None:
-        """Raise what was found inside a bio's `submit`, too: there it may be caught."""
+        """Check all invariants, and raise an error found inside a bio's `submit`, where it may have been caught."""
         target = self.find_target()
         if target is not None and target._is_active:
             mode = target._metadata.mode
@@ -211,7 +211,7 @@ class CacheInvariants(Invariants):
     # ---- the invariants ----
 
     def j1_cblock_is_free_on_disk(self, target: CacheTarget, bio: Bio) -> None:
-        """What is written to a cblock belongs to the oblock that a crash would find there."""
+        """Check that the metadata on disk map a cblock that is written to no other oblock."""
         on_disk = self.maybe_on_disk()
         assert on_disk is not None, "a cache without metadata"
         for cblock in self._blocks_of(bio):
@@ -224,7 +224,7 @@ class CacheInvariants(Invariants):
     def j1_oblock_is_not_mapped_on_disk_only(
         self, target: CacheTarget, bio: Bio
     ) -> None:
-        """What is written to the origin is not hidden by a mapping that a crash brings back."""
+        """Check that no mapping on disk would hide a write to the origin after a crash."""
         on_disk = self.maybe_on_disk()
         assert on_disk is not None, "a cache without metadata"
         for oblock in self._blocks_of(bio):
@@ -394,7 +394,7 @@ class CacheInvariants(Invariants):
         self._event_nr = event_nr
 
     def j8_idle_and_clean_is_quiet(self, nr_operations: int) -> None:
-        """`nr_operations` on all devices, in a time in which nobody asked for anything."""
+        """Check J8. `nr_operations` is the number of operations on all devices in a time without any request."""
         self.counts["J8"] += 1
         if nr_operations:
             raise self._broken(f"J8: idle and clean, and {nr_operations} operations")
@@ -409,7 +409,7 @@ class CacheInvariants(Invariants):
         return range(bio.offset // size, -(-(bio.offset + bio.length) // size))
 
     def _broken(self, what: str) -> Broken:
-        """Kept too: whoever raised it may be a task whose exception the target takes."""
+        """Make the error, and keep it: the target may catch the exception of the task that raises it."""
         self.broken = self.broken or Broken(what)
         return self.broken
 

@@ -101,7 +101,7 @@ def write(
 
 
 def flush(driver: CacheDriver) -> None:
-    """What was written so far is promised from here on: it has ended first."""
+    """Wait for all writes, then FLUSH, so that all of them are promised from here on."""
     driver.drain()
     driver.flush()
     driver.drain()
@@ -130,7 +130,7 @@ def switch(driver: CacheDriver, table: str) -> None:
 
 
 def formatting(driver: CacheDriver) -> None:
-    """A new metadata device; what the driver has done by now."""
+    """Do nothing: the driver formats a new metadata device when it starts."""
 
 
 def write_hit(driver: CacheDriver) -> None:
@@ -328,7 +328,7 @@ def cuts_of(
         cuts.note()
     finally:
         driver.discard_loop()
-    # What is booted from the images need not take its time again.
+    # The caches that are booted from the images need not be slow again.
     rig.cache.inline_chance = 1.0
     return cuts
 

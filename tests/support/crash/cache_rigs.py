@@ -108,7 +108,7 @@ def checked(metadata: bytes) -> bytes:
 
 
 class CacheRig(_RegistryRig):
-    """Writeback, and what its subclasses say otherwise.
+    """A writeback cache. Subclasses use other modes.
 
     Attributes:
         tables: any of which a `load` may load.
@@ -248,7 +248,7 @@ class CacheRig(_RegistryRig):
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is dirty or moving."""
+        """Whether no block is dirty, and none is being migrated."""
         target = self.maybe_target()
         assert target is not None
         return not (target._metadata.nr_dirty or target._blocks.nr_migrating)
@@ -304,7 +304,7 @@ class WritethroughRig(CacheRig):
 
 
 class PassthroughRig(CacheRig):
-    """What writeback has cached, passthrough gives up, block by block."""
+    """A cache that switches between writeback and passthrough, which invalidates cached blocks one by one."""
 
     tables = (
         cache_table(PASSTHROUGH),

@@ -45,10 +45,10 @@ MakeRig = type[CacheRig]
 
 
 class CacheDriver(Driver):
-    """A driver that can do nothing, and see that the cache does, too."""
+    """A driver that can also wait, and check that an idle cache does no I/O."""
 
     def quiet(self) -> None:
-        """Wait until nothing is dirty, and then a minute: J8. Not if it never gets there."""
+        """Wait until nothing is dirty, and then a minute, and check J8. Raises: AssertionError, also if blocks stay dirty."""
         self.drain()
         rig = self.rig
         assert isinstance(rig, CacheRig)
@@ -58,7 +58,7 @@ class CacheDriver(Driver):
             self.advance(0.1)
         target = rig.maybe_target()
         assert target is not None
-        assert rig.is_settled, "nobody writes, and it never becomes clean"
+        assert rig.is_settled, "no client writes, and the cache never becomes clean"
         assert not target._blocks.locks.nr_holds
         assert not target._blocks.locks.locked
         before = rig.nr_operations

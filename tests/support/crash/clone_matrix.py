@@ -68,11 +68,11 @@ def write(
 
 
 def formatting(driver: Driver) -> None:
-    """A new metadata device; what `Driver` has done by now."""
+    """Do nothing: the driver formats a new metadata device when it starts."""
 
 
 def flush(driver: Driver) -> None:
-    """What was written so far is promised from here on: it has ended first."""
+    """Wait for all writes, then FLUSH, so that all of them are promised from here on."""
     driver.drain()
     driver.flush()
     driver.drain()

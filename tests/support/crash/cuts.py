@@ -145,7 +145,7 @@ async def _content(rig: Rig, size: int) -> bytes:
 
 
 async def _hold(rig: Rig, content: bytes, oracles: list[Oracle], when: str) -> None:
-    """What was read once stays so; but for what was discarded, of which there may be two."""
+    """Check that a second read returns the same, except for discarded sectors, of which there may be two copies."""
     found = await _content(rig, len(content))
     if found == content:
         return

@@ -242,7 +242,7 @@ class FastDriver(Driver):
 
 
 class _NoRing:
-    """What the plane asks of its connection, where no file has a ring."""
+    """The part of a connection that a plane calls when no file has a ring."""
 
     def room(self) -> tuple[int, int]:
         return 1, 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of a target besides the oracle: the invariants of the clone, I1 to I7.
+"""The invariants of the clone, I1 to I7, which must hold besides the oracle; and the base class for any target.
 
 Theory of operation. `Invariants` is what the machine knows: it says when a FLUSH is submitted
 and ends, when a verb comes between, and when it is time to look. `CloneInvariants` also watches
@@ -58,28 +58,28 @@ class Broken(AssertionError):
 
 
 class Invariants:
-    """Nothing but the oracle: of a target that keeps nothing."""
+    """No invariants: for a target that keeps no state."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.nr_jobs_done = 0
 
     def promised(self) -> object:
-        """What a power cut now must not touch, besides what the model knows."""
+        """Return the promises that a power cut now must keep, besides those that the model knows."""
         return None
 
     def look(self) -> None:
-        """Something may have changed. Raises: Broken."""
+        """Check the invariants, because something may have changed. Raises: Broken."""
 
     def verb_begins(self) -> None:
-        """A suspend, a message, …: its I/O is not that of a FLUSH in flight."""
+        """Note that a verb begins (a suspend, a message, …), whose I/O does not belong to a FLUSH in flight."""
 
     def flush_submitted(self) -> object:
-        """The machine submits a FLUSH to the running disk; what it returns goes to `ended`."""
+        """Note that a FLUSH is submitted to the running disk. The result is passed to `flush_ended`."""
         return None
 
     def flush_ended(self, begun: object) -> None:
-        """That FLUSH has ended with 0. Raises: Broken."""
+        """Note that this FLUSH has ended with 0. Raises: Broken."""
 
 
 @dataclass
@@ -180,7 +180,7 @@ class CloneInvariants(Invariants):
         return self.floor.copy()
 
     def look(self) -> None:
-        """Raise what was found inside a bio's `submit`, too: there it may be caught."""
+        """Check all invariants, and raise an error found inside a bio's `submit`, where it may have been caught."""
         if (target := self.find_target()) is not None:
             self.i3_bits_never_go_back(target)
         if self.broken is not None:
@@ -332,6 +332,6 @@ class CloneInvariants(Invariants):
             self.nr_jobs_done += 1
 
     def _broken(self, what: str) -> Broken:
-        """Kept too: whoever raised it may be a task whose exception the target takes."""
+        """Make the error, and keep it: the target may catch the exception of the task that raises it."""
         self.broken = self.broken or Broken(what)
         return self.broken

@@ -55,7 +55,7 @@ class Rig(Protocol):
 
     @property
     def content(self) -> bytes:
-        """What the disk holds before anybody has written to it."""
+        """The bytes of the disk before the first write."""
         ...
 
     @property
@@ -65,12 +65,12 @@ class Rig(Protocol):
 
     @property
     def messages(self) -> tuple[tuple[str, ...], ...]:
-        """What a walk may send."""
+        """The messages that a walk may send."""
         ...
 
     @property
     def at_risk(self) -> tuple[CrashDevice, ...]:
-        """What a power cut may change."""
+        """The devices that a power cut may change."""
         ...
 
     @property
@@ -212,7 +212,7 @@ class Driver:
 
     @property
     def _observer(self) -> FlushObserver:
-        """What the client, who is one connection, has been told of losses in this life."""
+        """The observer of the only client, which remembers the losses that this client was told of in this life."""
         if self._observed is None or self._observed[0] is not self.rig.disk:
             self._observed = self.rig.disk, FlushObserver(self.rig.disk)
         return self._observed[1]
@@ -279,7 +279,7 @@ class Driver:
 
     def _submit(self, bio: Bio, offset: int, length: int) -> None:
         self.in_flight[bio] = (offset, length)
-        # What is deferred is still to come when the caller scribbles over the payload.
+        # A deferred bio is carried out after the caller has overwritten the payload.
         self.call_inside(lambda: self.rig.disk.submit(bio))
 
     def call_inside(self, call: Callable[[], None]) -> None:
@@ -324,7 +324,7 @@ class Driver:
         self.run(self.rig.resume())
 
     def load(self) -> None:
-        """A table in the inactive slot: the next resume swaps to it."""
+        """Load a table into the inactive slot: the next resume swaps to it."""
         self.run(self.rig.load())
 
     def reload(self) -> None:
@@ -353,7 +353,7 @@ class Driver:
         self.drain()
 
     def restart(self) -> None:
-        """A clean shutdown and a start: nothing that was written may be missing."""
+        """Shut down cleanly and start again: no write may be missing then."""
         self.drain()
         self.run(self.rig.stop())
         self.run(self.rig.check())
@@ -365,12 +365,12 @@ class Driver:
         self.boot(seed, self.crash_images(seed, fate))
 
     def crash_images(self, seed: int, fate: Fate) -> tuple[bytes, ...]:
-        """What a power cut now leaves on the devices at risk, chosen by `seed`."""
+        """Return the images that a power cut now leaves on the devices at risk, chosen by `seed`."""
         at_risk = self.rig.at_risk
         return tuple(each.crash(seed + nr, fate) for nr, each in enumerate(at_risk))
 
     def boot(self, seed: int, images: tuple[bytes, ...]) -> None:
-        """The power was cut, and came back; `images` are what is left."""
+        """Boot after a power cut, from `images`."""
         promised = self.rig.invariants.promised()
         rig = self.rig.reboot(seed, images)
         for device in self.rig.at_risk:
@@ -389,13 +389,13 @@ class Driver:
     def discard_loop(self) -> None:
         """End this life: whatever was under way is forgotten."""
         self.in_flight.clear()
-        # One that is cancelled may have begun another on its way out.
+        # A task that is cancelled may have started another one while it ended.
         while tasks := asyncio.all_tasks(self.loop):
             for task in tasks:
                 task.cancel()
             self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.loop.close()
-        # What the dead tasks left behind fell over them: no machine would have lived to see that.
+        # These exceptions come from tasks that were cancelled here. On a real machine they would not run any more.
         self.escaped.clear()
 
 

@@ -44,7 +44,7 @@ DISK_SIZE: Final = 7 * REGION_SIZE + 3 * SECTOR
 
 
 def source_content(size: int = DISK_SIZE) -> bytes:
-    """What the source holds: noise, but region 2 and the end of region 5 are holes."""
+    """Return the content of the source: noise, but region 2 and the end of region 5 are holes."""
     content = bytearray(random.Random(1).randbytes(size))
     content[2 * REGION_SIZE : 3 * REGION_SIZE] = bytes(REGION_SIZE)
     content[5 * REGION_SIZE + 4 * SECTOR : 6 * REGION_SIZE] = bytes(4 * SECTOR)
@@ -100,7 +100,7 @@ class _RegistryRig:
         await self.resume()
 
     def opener(self) -> DeviceOpener:
-        """What the registry opens devices with."""
+        """Return the opener for the registry."""
         return DeviceTable(self.devices)
 
     async def suspend(self) -> None:
@@ -117,7 +117,7 @@ class _RegistryRig:
         await self._registry.get("d").message(0, words)
 
     async def set_background(self, *, on: bool) -> None:
-        """There is none."""
+        """Do nothing: this target has no background work."""
 
     async def status(self) -> str:
         return (await self._registry.get("d").status())[0][3]
@@ -287,7 +287,7 @@ class CloneRig(_RegistryRig):
 
     @property
     def is_settled(self) -> bool:
-        """Everything is hydrated, and committed."""
+        """Whether everything is hydrated and committed."""
         target = self._maybe_target()
         return target is None or target._metadata.hydration_done
 
@@ -312,7 +312,7 @@ class WornCloneRig(CloneRig):
         *,
         before: CloneInvariants | None = None,
     ) -> None:
-        # What is hydrated is on the destination, of course.
+        # The hydrated regions are on the destination.
         super().__init__(
             seed, inline, images or (self.content, self.worn), before=before
         )

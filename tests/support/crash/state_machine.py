@@ -128,7 +128,7 @@ class TargetMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.is_running)
     @rule(place=st.integers(0, 1 << 10), turns=st.sampled_from([0, 2, 5, 30]))
     def write_wait_and_flush(self, place: int, turns: int) -> None:
-        """What hypothesis would seldom put together: a FLUSH that has something to promise."""
+        """Write, wait and FLUSH. Drawn steps seldom come in this order, in which the FLUSH has something to promise."""
         offset = place * REGION_SIZE % (self.driver.model.size // SECTOR * SECTOR)
         self.step(lambda driver: driver.write(offset, SECTOR, fua=False))
         self.step(lambda driver: driver.drain())
@@ -157,7 +157,7 @@ class TargetMachine(RuleBasedStateMachine):
     def hydrate_a_step(self) -> None:
         self.step(lambda driver: driver.hydrate_a_step())
 
-    # ---- whoever administers it ----
+    # ---- the administrator ----
 
     @precondition(lambda self: self.is_up and self.driver.rig.messages)
     @rule(data=st.data())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the metadata of one small cache says at various ages, for the offline tools."""
+"""The metadata of one small cache at various ages, with their content, for tests of the offline tools."""
 
 from array import array
 from collections.abc import Callable

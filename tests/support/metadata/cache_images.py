@@ -47,7 +47,7 @@ class CacheAged:
 
     Attributes:
         states: what each generation holds that a superblock was ever written for.
-        acknowledged: the generation that nobody may roll back.
+        acknowledged: the generation that must never be rolled back.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Life:
         self.note()
 
     def note(self) -> None:
-        """Take down what an opening must find from now on: nobody has shut down."""
+        """Note the content that an opening must find from now on, without a clean shutdown."""
         metadata = self.metadata
         values = {at: value for at, value in enumerate(metadata._values) if value}
         flagged = 2 if metadata.dirty_log else 1

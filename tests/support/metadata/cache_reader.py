@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache's image holds, by FORMAT.md's last chapter alone, with none of our code.
+"""Reads a cache's image by FORMAT.md's last chapter alone, with none of our code.
 
 Numbers in brackets are that chapter's: elements of a superblock or a record.
 """

@@ -54,7 +54,7 @@ class Mutant:
 
 
 class State(NamedTuple):
-    """What a generation says."""
+    """The content of a generation."""
 
     mapped: dict[int, int]
     nr_cblocks: int
@@ -65,7 +65,7 @@ class State(NamedTuple):
 
 
 class Disk:
-    """What each block holds: what is durable, then what was written since, last is now."""
+    """The contents of each block, oldest first: the durable one, then each later write. The last is the current one."""
 
     def __init__(self) -> None:
         self.written: dict[int, list[tuple[int, int]]] = {}
@@ -396,7 +396,7 @@ class CacheWorkload:
         self.promises = None
 
     def _abort(self) -> None:
-        """What is vouched for is on disk, whether the transaction got there or not."""
+        """Abort, and check that surviving mappings are on disk, whether the transaction reached it or not."""
         metadata = self.metadata
         metadata.abort()
         if self.resizing is not None:
@@ -456,7 +456,7 @@ class CacheWorkload:
         self.cache.crash(self.rng)
         self.origin.crash(self.rng)
         self._reopen()
-        # What is read now may not be lost again; but rot of a single copy may lose it.
+        # The mappings that were read now must not be lost again, unless a single copy rots.
         if not self.metadata.changed:
             self.promised = self.latest.copy()
 

@@ -73,7 +73,7 @@ class Aged:
 
     Attributes:
         states: the bits of each generation that a superblock was ever written for.
-        acknowledged: the generation that nobody may roll back.
+        acknowledged: the generation that must never be rolled back.
     """
 
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone's image holds, by FORMAT.md alone, with none of our code: in sixty lines."""
+"""Reads a clone's image by FORMAT.md alone, with none of our code, in sixty lines."""
 
 import hashlib
 import struct

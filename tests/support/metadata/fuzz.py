@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metadata that nobody would write: whole images and single chains, each made from a seed.
+"""Damaged and forged metadata: whole images and single chains, each made from a seed.
 
 Two kinds of damage. *Rot and mishaps*: flipped bits, blocks that are doubled, swapped, zeroed,
 from another image, cut off. *Lies*: an envelope with a valid digest around a body whose fields
@@ -73,7 +73,7 @@ NR_DAMAGES: Final = (1, 1, 1, 2, 4)
 CHAIN_REGIONS: Final = 36_804
 COMMITS_MAX: Final = 3  # one for the change, and one for each slot to heal
 
-# What stands in place of a number, a text or bytes.
+# Values that replace a number, a text or bytes.
 LIES: Final[tuple[Any, ...]] = (
     *(0, 1, 2, 3, 4, 5, 7, 8, 255, 256, 4096, 1 << 16, 1 << 20, -1, -2, -(1 << 63)),
     *((1 << 31) - 1, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
@@ -81,7 +81,7 @@ LIES: Final[tuple[Any, ...]] = (
     *("runs", "bits", b"", bytes(8), bytes(15), bytes(16), bytes(17), b"\xff" * 64),
     *([], [1], {}, {"a": 1}, [[[]]]),
 )
-# Bodies that are no message, or none that anybody would send.
+# Bodies that are no message, or a message with absurd content.
 BODIES: Final = (
     b"",
     b"\xc1",
@@ -142,7 +142,7 @@ def error_of_check(image: bytes) -> str | None:
 
 
 def format_again(image: bytes) -> None:
-    """What is taken for unformatted may be formatted, but only if it never held a record."""
+    """Check that an image which counts as unformatted may be formatted only if it never held a record."""
     store = Store(len(image), image)
     try:
         drive(store, format_steps(store.size))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache's metadata that nobody would write: images, each made from a seed. See fuzz.py.
+"""Damaged and forged metadata of a cache: images, each made from a seed. See fuzz.py.
 
 Damages are the same; lies in records are of a cache's own: mappings, dirty bits, hints, discards.
 
@@ -128,7 +128,7 @@ def is_damaged(image: bytes) -> bool:
 
 
 def format_again(image: bytes) -> None:
-    """What is taken for unformatted may be formatted, but only if it never held a record."""
+    """Check that an image which counts as unformatted may be formatted only if it never held a record."""
     store = Store(len(image), image)
     steps = CacheMetadata.format(
         device_size=store.size,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone's metadata says, read as the server reads it, without knowing its table line."""
+"""Reads a clone's metadata as the server does, without knowing its table line."""
 
 from typing import NamedTuple
 

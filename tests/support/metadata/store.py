@@ -71,7 +71,7 @@ class Store:
         return self.end(self.submit(operation))
 
     def current(self) -> bytearray:
-        """What is read now, and after the process is killed."""
+        """Return the bytes that are read now, and after the process is killed."""
         image = bytearray(self.durable)
         for ticket in self.pending:
             _apply(image, ticket)
