@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for the whole suite."""
+"""Options and fixtures of the whole suite."""
 
 import gc
 import importlib

@@ -67,7 +67,7 @@ TEXTS = [
 
 
 class Facts(NamedTuple):
-    """What the rules below ask of a module. Its tree is not kept: all of them take a gigabyte.
+    """The facts of a module that the rules below need. Its tree is not kept: all trees together take a gigabyte.
 
     Attributes:
         functions: the name of each, and how many lines it has.
@@ -275,7 +275,7 @@ def test_sections_are_marked_in_one_way() -> None:
 
 
 def _breaches(find: Callable[[Facts], list[str]]) -> dict[str, list[str]]:
-    """What is found in the modules of tests, by module."""
+    """Return the breaches in the modules of tests, by module."""
     found = {
         name_of(path): find(facts_of(path))
         for path in MODULES

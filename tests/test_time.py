@@ -12,7 +12,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "clock.py")
 # Each for a reason. This list may only shrink.
 EXCEPTIONS = {"cli/devices.py": "a command, with no loop, that waits to try again"}
 
-# What is taken from a module, or called on anything.
+# Names that are taken from the module asyncio, and methods of an event loop.
 FROM_ASYNCIO = {"sleep", "timeout", "timeout_at", "wait_for"}
 OF_A_LOOP = {"call_later", "call_at"}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a developer without root gets from the wheel: the ten lines of pytest find the bug that is planted, and pass when it is mended.
+"""The wheel, used by a developer without root: the ten lines of pytest find the planted bug, and pass when it is mended.
 
 Everything is done by a user who may do nothing: the environment, the installation, the disks. Root becomes `nobody` for that; another user is
 one already.

@@ -29,7 +29,7 @@ WEIGHTS = {**KINDS, "read": 6, "message": 2, "cache_beside": 3, "fill": 2, "susp
 
 
 class FeatureRig(CloneRig):
-    """All at once."""
+    """A clone with all features at once."""
 
     words = (
         "2 hydrate_on_read then_linear 8 hydration_threshold 2 hydration_batch_size 2"
@@ -81,7 +81,7 @@ class FeatureDriver(Driver):
     counts: Counter[str]
 
     def cache_beside(self, offset: int, length: int) -> None:
-        """CACHE, and go on writing into its range."""
+        """Send a CACHE, and write into its range while it runs."""
 
         def ended(bio: Bio) -> None:
             if self.in_flight.pop(bio, None) is not None:

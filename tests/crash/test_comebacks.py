@@ -148,7 +148,7 @@ class _Comebacks:
 
 
 class LinearComebacks(_Comebacks, LinearRig):
-    """linear."""
+    """A linear target."""
 
 
 class CloneComebacks(_Comebacks, CloneRig):
@@ -158,19 +158,19 @@ class CloneComebacks(_Comebacks, CloneRig):
 
 
 class CacheComebacks(_Comebacks, CacheRig):
-    """Writeback."""
+    """A writeback cache."""
 
 
 class LoggedComebacks(_Comebacks, LoggedCacheRig):
-    """With a dirty log, and without."""
+    """A writeback cache, with or without a dirty log."""
 
 
 class WritethroughComebacks(_Comebacks, WritethroughRig):
-    """Writethrough."""
+    """A writethrough cache."""
 
 
 class SwitchingComebacks(_Comebacks, SwitchingCacheRig):
-    """Any mode, another one at each reload."""
+    """A cache in any mode, with another one at each reload."""
 
 
 class ComebackDriver(CacheDriver):

@@ -33,7 +33,7 @@ CACHES = (cache_rigs.CacheRig, cache_rigs.WritethroughRig, cache_rigs.LoggedCach
 
 
 class FastCacheDriver(FastDriver, cache_walks.CacheDriver):
-    """Both."""
+    """Drives a cache through the compiled fast path."""
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_durable_request_that_is_answered_without_a_flush_is_caught(
 def test_sync_of_the_compiled_code_that_makes_nothing_stable_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So it is those syncs that the walks rely on."""
+    """The walks notice it, so they rely on these syncs."""
     monkeypatch.setattr(FastCrashDevice, "was_synced", lambda _: False)
     assert nr_failures(rigs.LinearRig)
 

@@ -189,7 +189,7 @@ def fails(make_rig: MakeRig, seed: int) -> bool:
     try:
         run_walk(make_rig, seed)
     except TimeoutError:
-        return False  # it is stuck, which proves nothing about what it wrote
+        return False  # a walk that hangs proves nothing about the written data
     except Exception:
         return True
     return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of more than one folder share."""
+"""Fixtures that tests of more than one folder share."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server refuses, and how its replies look."""
+"""The requests that the server refuses, and the bytes of its replies."""
 
 import errno as errnos
 from dataclasses import replace

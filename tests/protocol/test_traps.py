@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NBD servers most often get wrong, one test each, as far as the wire's rules go.
+"""The mistakes that NBD servers make most often, one test each, as far as they concern the rules of the wire.
 
 The numbers are those of our list of traps. What only a server with sockets and devices can
 get wrong (a slow client, a flush over two connections, replies after DISC, a disk that fails

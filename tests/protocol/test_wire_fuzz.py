@@ -33,7 +33,7 @@ def test_each_fuzzer_has_named_seeds() -> None:
 
 @pytest.mark.parametrize("fuzzer", list(FUZZERS), ids=lambda it: it.replace(" ", "-"))
 def test_corpus(fuzzer: str) -> None:
-    """What a coverage-guided fuzzer has found worth keeping: make fuzz-wire-guided."""
+    """Run the cases that the coverage-guided fuzzer (make fuzz-wire-guided) has kept."""
     cases = read_corpus(fuzzer)
     assert len(cases) >= 10
     outcomes = {FUZZERS[fuzzer](BytesRandom(case)).outcome for case in cases}

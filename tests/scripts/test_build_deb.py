@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into the Debian package besides the program. That it installs, updates and goes is shown by `make deb-test`."""
+"""The files of the Debian package besides the program. `make deb-test` installs, updates and removes the package."""
 
 import subprocess
 import tomllib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells the stories of the kernel's passthrough bugs can fail; CI has it tell them all."""
+"""The script that reproduces the kernel's passthrough bugs notices a step with another result. CI runs all of its stories."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.long]
 def test_step_that_goes_otherwise_fails_the_story(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A passthrough table that is accepted, where it should be refused."""
+    """The story fails because a passthrough table is accepted that should be refused."""
 
     def story(bench: Bench) -> None:
         bench.start()

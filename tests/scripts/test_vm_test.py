@@ -105,7 +105,7 @@ def test_relay_copies_both_ways(tmp_path: Path, kind: str) -> None:
 
 
 def conversation(text: str) -> tuple[int | None, list[str], list[str]]:
-    """What comes of a guest that prints `text`: the status, what was shown, what was asked for."""
+    """Talk to a guest that prints `text`. Returns its status, the lines shown, and the requests of the guest."""
     guest = subprocess.Popen(
         ["printf", "%s", text],
         stdin=subprocess.PIPE,

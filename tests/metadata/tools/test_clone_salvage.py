@@ -194,7 +194,7 @@ def test_older_superblock_still_vouches_for_what_the_newest_lost() -> None:
     newest = life.metadata._superblock
     image = bytes(life.store.current())
     found = salvaged(rot(image, newest.snapshot_block))
-    # All but what the switching commit itself may have added.
+    # All bits, except for those that the switching commit itself may have added.
     assert found.content.nr_lost is not None
     assert found.content.nr_lost <= 1
 

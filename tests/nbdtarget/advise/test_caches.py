@@ -16,7 +16,7 @@ def trace_of(*blocks: int) -> Trace:
 
 
 def best_hits(blocks: tuple[int, ...], nr_cblocks: int) -> int:
-    """By trying every choice of what to drop."""
+    """Return the largest number of hits, by trying every choice of the block to drop."""
 
     @cache
     def best(at: int, cached: frozenset[int]) -> int:

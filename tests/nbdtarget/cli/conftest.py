@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of the command line share."""
+"""Fixtures of the tests of the command line."""
 
 import asyncio
 import threading

@@ -153,7 +153,7 @@ def test_unknown_device(cli: CommandLine, command: str) -> None:
     assert cli(command, "nosuch", status=1) == line
 
 
-# What follows was recorded from dmsetup and a 6.12 kernel, devices by path.
+# The following outputs were recorded from dmsetup and a 6.12 kernel, with devices by path.
 
 
 @pytest.mark.usefixtures("registry")

@@ -43,7 +43,7 @@ def output(*argv: str, **environment: str) -> str:
 
 
 def in_bash(*line: str) -> list[str]:
-    """What TAB offers at the end of a command line whose first word is the program."""
+    """Return the words that TAB offers at the end of a command line whose first word is the program."""
     bash = shutil.which("bash")
     assert bash is not None
     return output(bash, "-c", BASH, "bash", NBDTARGET, NBDTARGET, *line).split("\n")[
@@ -88,7 +88,7 @@ def test_zsh_and_fish_complete_names_of_devices() -> None:
 @needs("zsh")
 @pytest.mark.usefixtures("devices")
 def test_zsh_completes_names_of_devices() -> None:
-    # What zsh's own completion would be told, without a terminal.
+    # The script prints the words that zsh's own completion would get, as that needs a terminal.
     script = """
     compdef() {}; _arguments() { print -r -- "$@" }
     source <("$1" completion zsh)

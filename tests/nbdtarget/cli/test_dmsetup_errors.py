@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dmsetup refuses is refused here, with the same words of `strerror` and exit status 1.
+"""A command that dmsetup refuses is refused here, with the same words of `strerror` and exit status 1.
 
 Recorded with dmsetup 1.02.185. Where dmsetup prints its usage and ends with 1, or complains of a
 missing argument, ours is a usage error: one line, exit status 2.

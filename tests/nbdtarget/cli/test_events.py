@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget events`: what was, and what comes."""
+"""`nbdtarget events`: past events, and new ones as they come."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_events_are_printed_and_followed(tmp_path: Path) -> None:
     _, said = follower.communicate(timeout=PATIENCE_S)
     assert follower.returncode == 1
     assert "the server went away" in said or "no server on" in said
-    # Nothing of it was written to the log: only warnings are, without --verbose.
+    # The log has none of these events: without --verbose it has warnings only.
     assert (tmp_path / "log").read_text().count("suspended") == 0
 
 

@@ -48,7 +48,7 @@ def test_after_a_crash_of_the_kernel_all_counts_as_dirty(tool: Tool) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_what_was_imported_is_written_back(tool: Tool, name: str) -> None:
-    """The origin then holds what the kernel would have served."""
+    """The origin then holds the data that the kernel would have served."""
     source, ours = kernels(tool, name), str(tool.directory / "ours")
     tool("import", source, "-o", ours, "--origin-size", "48M")
     held = _held(tool, ours)

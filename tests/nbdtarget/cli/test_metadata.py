@@ -42,7 +42,7 @@ def marked(image: bytes) -> bytes:
     return bytes(area) + image[len(area) :]
 
 
-# What is no metadata, and what is said of it.
+# Inputs that are no metadata, and the words of the error.
 BAD_INPUTS = {
     "empty": (b"", "is empty"),
     "tiny zeroes": (bytes(100), "metadata needs 16384 bytes, the device has 100"),
@@ -411,7 +411,7 @@ def test_restore_into_files_that_are_there(tool: Tool) -> None:
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_metadata_that_restore_makes_are_not_sparse(tool: Tool, name: str) -> None:
-    """Else a commit, years later, may find the file system full."""
+    """The file must have all of its blocks. Otherwise a commit, years later, may find the file system full."""
     dump, output = tool.file(DUMP.encode(), "dump"), str(tool.directory / "new")
     if name == "empty":
         tool.file(b"", "new")

@@ -11,7 +11,7 @@ from nbdtarget.server.tls import TlsOptions
 
 
 def said(*words: str) -> Network:
-    """What a command gets for these words."""
+    """Return the value that a command gets for these words."""
     got: list[Network] = []
     app = typer.Typer()
 

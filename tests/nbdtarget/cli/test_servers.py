@@ -180,7 +180,7 @@ def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
     hung.send_signal(signal.SIGSTOP)
 
     def lists_the_other() -> bool:
-        """On a busy machine it may not answer in time, either."""
+        """Whether the other server is listed. On a busy machine it may not answer in time."""
         listed = in_process("ls")
         assert (
             f"nbdtarget: {runtime_directory()}/control/copy.sock: the server does not answer;"

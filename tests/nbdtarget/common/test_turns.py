@@ -18,7 +18,7 @@ async def turns(nr: int = 1) -> None:
 
 @contextmanager
 def loop_errors() -> Iterator[list[BaseException]]:
-    """What the loop's exception handler is called with."""
+    """Collect the exceptions that the loop's exception handler is called with."""
     loop = asyncio.get_running_loop()
     errors: list[BaseException] = []
 

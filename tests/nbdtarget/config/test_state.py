@@ -43,7 +43,7 @@ class Server:
         return self
 
     async def crash(self) -> None:
-        """The process is gone. What it did on its way out is undone: the file is put back."""
+        """End the process as a crash does, and check that its end leaves the file as it was."""
         before = self.path.read_bytes() if self.path.exists() else None
         await self.state.close()
         await self.registry.close()
@@ -58,7 +58,7 @@ class Server:
         await self.call("create", m.Create(**{**values, **more}))
 
     def kept(self) -> dict[str, str]:
-        """What a restart at this moment would make."""
+        """Return the tables that a restart at this moment would load, by device."""
         devices = read_state(str(self.path), TARGET_TYPES, AnyName()).devices
         return {each.name: each.table.strip() for each in devices}
 
@@ -273,7 +273,7 @@ async def test_after_a_hand_over_that_failed_devices_are_those_of_before_it(
 async def test_a_name_that_may_not_be_durable_is_written_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text has its name already when the directory cannot be flushed."""
+    """The directory cannot be flushed, but the new file has its name already."""
     await server.create("a", "0 8 zero", persist=True)
 
     def fails(_: str) -> None:

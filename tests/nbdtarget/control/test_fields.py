@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the messages of several verbs have in common."""
+"""Fields that the messages of several verbs have in common."""
 
 import msgspec
 import pytest

@@ -159,7 +159,7 @@ async def test_metadata_that_cannot_be_written_any_more_ends_it(world: World) ->
 async def test_uncache_fails_when_the_last_flush_of_the_origin_fails(
     world: World,
 ) -> None:
-    """What has come home may be lost again: so it says, and the cache goes on serving."""
+    """The blocks written back may be lost again. The command says so, and the cache continues to serve."""
     await world.create(nr_dirty=3)
 
     def fail(verb: str, request: m.Request) -> None:
@@ -212,7 +212,7 @@ async def test_errors_of_the_table_before_are_not_counted_against_the_new_one(
 
 
 async def test_block_that_gets_dirty_again_is_waited_for_again(world: World) -> None:
-    """As a write-through of which the origin's half has failed leaves it."""
+    """For example, a write-through whose write to the origin has failed makes a block dirty again."""
     await world.create(nr_dirty=3)
     refused = 0
 

@@ -45,7 +45,7 @@ class Server(World):
         fault.ops, fault.fail_at = frozenset({OP_WRITE}), 0
 
     async def under_way(self) -> "asyncio.Task[m.UncacheAnswer]":
-        """Begin, and return when the cleaner works, in vain."""
+        """Begin to uncache. Returns when the cleaner runs, which can write nothing back."""
         self.hold_origin()
         asking = asyncio.create_task(self.ask())
         while "cleaner" not in self.line:

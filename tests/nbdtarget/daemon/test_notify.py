@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the service manager hears, over a real datagram socket."""
+"""Messages to the service manager, over a real datagram socket."""
 
 import contextlib
 import os
@@ -250,5 +250,5 @@ def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
         if heir:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(heir, signal.SIGKILL)
-        # Only now: the new process has the same stderr.
+        # stderr is read only now, because the new process has the same one.
         server.communicate(timeout=PATIENCE_S)

@@ -24,7 +24,7 @@ from tests.support.patience import PATIENCE_S
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 
 
-# What a service manager does: the socket becomes fd 3, and the process is told so.
+# A service manager passes a socket in this way: it becomes descriptor 3, and the process is told so.
 PASS_SOCKET = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -66,7 +66,7 @@ class ServeProcess:
         self.client.ask("create", m.Create(name, table), m.Done)
 
     def run(self, *words: str, err: bool = False) -> str:
-        """What a command prints, on stderr if `err`."""
+        """Run a command. Returns its stdout, or its stderr if `err`."""
         control = str(self.directory / "control.sock")
         done = in_process(*words, "--control", control)
         assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ def test_config_is_served_and_followed_on_sighup(tmp_path: Path) -> None:
     assert serve.process.stderr.readline() == "nbdtarget: reloaded: c created\n"
     assert serve.run("ls").split() == ["a", "(253:0)", "b", "(253:1)", "c", "(253:2)"]
     assert serve.end(signal.SIGTERM) == ""
-    # What was written out makes the same devices again.
+    # The configuration that was printed makes the same devices again.
     config.write_text(written)
     serve = ServeProcess(tmp_path, "--config", str(config))
     assert serve.run("table", "--config") == written
@@ -195,7 +195,7 @@ def test_device_that_cannot_be_opened_is_listed_with_the_reason(
     assert serve.run("ls") == f"a\t(253:0)\nb\t(253:1) failed: {reason}\n"
     assert serve.run("status") == f"a: 0 8 zero \nb: failed: {reason}\n"
     assert f"Failure:           {reason}\n" in serve.run("info", "b")
-    # Who writes this over the file that was read would lose the table.
+    # A user who writes this over the file that was read would lose the table.
     written = serve.run("table", "--config", err=True)
     assert "nbdtarget: table: b could not be opened, so its table is missing" in written
     (info,) = json.loads(serve.run("info", "b", "--json"))["devices"]

@@ -17,7 +17,7 @@ from tests.support.patience import PATIENCE_S
 def device(
     name: str, *fields: dict[str, Any], has_failed: bool = False, failure: str = ""
 ) -> MappedDevice:
-    """What the line needs of a device: `fields` of its targets; none: it has no table."""
+    """Return a stand-in for a device whose targets have these `fields`. Without fields it has no table."""
 
     def target(fields: dict[str, Any]) -> Any:
         return SimpleNamespace(status_fields=lambda: fields)

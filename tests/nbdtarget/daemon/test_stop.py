@@ -24,7 +24,7 @@ STOP_S = 6
 ENDED_S_MAX = 25  # without this bound it takes 30 s and more
 
 
-# As a file on a mount whose server has gone: a system call that does not come back.
+# A read of the source never returns, as on a mount whose server has gone.
 DEAD_MOUNT = """
 import os, time
 os.environ["NBDTARGET_PURE"] = "1"  # compiled code would read without asking `submit`
@@ -74,7 +74,7 @@ def started(
 
 @contextmanager
 def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
-    """It hangs meanwhile: it takes connections and answers nothing."""
+    """Stop the server process for a while: connections to it succeed, and get no answer."""
     process.send_signal(signal.SIGSTOP)
     try:
         yield

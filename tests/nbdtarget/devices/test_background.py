@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no client waits for stays off the loop, and is otherwise the same I/O."""
+"""Background I/O, for which no client waits, stays off the loop, and is otherwise the same as other I/O."""
 
 import asyncio
 import errno as errnos

@@ -100,7 +100,7 @@ async def test_failure_names_its_side_and_leaves_others_alone(side: str) -> None
     assert destination.data[: 8 * CHUNK] == CONTENT[: 8 * CHUNK]
     assert failed == BulkFailure(status, side == "read", bad, CHUNK)
     assert destination.failed == ([] if side == "read" else [status])
-    # What is tried again finds the same streams.
+    # A second attempt uses the same streams.
     source.errors.clear()
     destination.errors.clear()
     assert await copied(copies, 32 * CHUNK, 32 * CHUNK) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices tell of themselves, and that telling and marking harms nothing."""
+"""The identities that devices report. Reporting and marking a disk changes no data."""
 
 import os
 import shutil

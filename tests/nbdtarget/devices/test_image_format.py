@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a raw disk may not begin like: real files of each format, and what only looks like one."""
+"""Image formats are recognized: real files of each format, and disks that only look like one."""
 
 import bz2
 import gzip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a device is read to see whether it is an image, and what is not."""
+"""The parts of a device that are read to see whether it is an image."""
 
 import struct
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever flushes a device learns of each of its losses once."""
+"""Each client that flushes a device is told of each of its losses once."""
 
 import errno as errnos
 

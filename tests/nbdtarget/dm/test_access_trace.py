@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read and written is recorded in order, with the compiled fast path and without it, and only while it is asked for."""
+"""Reads and writes are recorded in order while a trace runs, with the compiled fast path and without it."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

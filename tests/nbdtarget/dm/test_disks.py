@@ -97,7 +97,7 @@ async def test_destination_exchanged_for_a_blank_file_is_refused(site: Site) -> 
     line = await site.refused(site.clone())
     assert "though it has its name" in line
     assert "its content differs" in line
-    # Not even as moved: what was copied is not there.
+    # The disk is refused even as moved, because the copied data is not there.
     await site.refused(site.clone(), SAY_MOVED)
 
 
@@ -124,7 +124,7 @@ async def test_another_origin_is_refused_although_nothing_is_dirty(site: Site) -
     await site.clean_cache()
     site.write("oo", os.urandom(SIZE))
     await site.refused(site.cache(origin="oo", mode="writethrough"))
-    # Whoever insists gets no block of the old one.
+    # A user who insists on this origin reads no block of the old one.
     async with site.served(
         site.cache(origin="oo", mode="writethrough"), SAY_OTHER
     ) as device:
@@ -187,7 +187,7 @@ async def test_writeback_offline_refuses_another_origin_and_another_cache(
         assert (site.read("oo"), site.read("origin")) == before
     await site.write_back("cache", "origin")
     assert site.read("origin") == content
-    # What it has written itself is no change by others.
+    # The tool's own writes do not count as a change by another program.
     async with site.served(site.cache()) as device:
         assert _nr_mapped(device) > 0
         assert await device.read(0, SIZE) == content
@@ -381,7 +381,7 @@ async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
 async def test_discarded_block_written_without_the_cache_keeps_its_data(
     site: Site,
 ) -> None:
-    """A writeback cache fills a discarded block with zeroes when it promotes it."""
+    """A writeback cache fills a discarded block with zeroes when it promotes the block."""
     async with site.served(site.cache()) as device:
         await device.discard(0, SIZE)
     site.change("origin", 0, b"new" * 1000)

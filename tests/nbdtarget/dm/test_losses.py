@@ -67,7 +67,7 @@ async def test_table_swap_neither_hides_a_loss_nor_invents_one() -> None:
     told = FlushObserver(device)
     await registry.load("x", "0 8 linear /b 0")
     await registry.resume("x")
-    await told.flush()  # what /b lost before x stood on it is not x's loss
+    await told.flush()  # a loss of /b before x used it is no loss of x
     await tells_once(untold)
     opener.open["/b"].health.note_loss()
     await tells_once(told)
@@ -130,7 +130,7 @@ async def test_trouble_of_a_disk_is_one_event_of_everything_above_it() -> None:
     await registry.load("lower", "0 16 linear /b 0")
     await registry.resume("lower")
     before = [device.event_nr for device in devices]
-    health.note_loss()  # nobody stands on it any more
+    health.note_loss()  # no table uses the disk any more
     assert [device.event_nr for device in devices] == before
     await registry.remove("left")
     await registry.remove("right")

@@ -207,7 +207,7 @@ async def test_flush_that_fails_in_suspend_is_a_loss(disk: str) -> None:
     await device.resume()
     opener.open["/a"].flush_errno = 0
     assert device.losses > 0
-    assert submit(device, OP_FLUSH).status == 0  # who sent it compares the losses
+    assert submit(device, OP_FLUSH).status == 0  # its sender compares the losses
 
 
 async def test_queued_bio_owns_its_payload() -> None:
@@ -355,7 +355,7 @@ async def test_failed_device_gives_up_waiting_for_lost_bios() -> None:
     assert isinstance(registry.clock, SimClock)
     registry.clock.advance(10)
     await remove
-    # What may still be written to stays open: its number must not become another file's.
+    # A disk that may still be written to stays open: its descriptor must not become another file's.
     assert opener.still_open == ["/a"]
 
 

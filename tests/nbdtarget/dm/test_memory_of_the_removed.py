@@ -37,7 +37,7 @@ TABLES = {
     "cache": "cache {m} {b} {a} 128 1 writeback smq 0",
 }
 
-# What may be large, or holds descriptors. A clone and a cache leave a few small objects to the collector.
+# Modules whose objects may be large or hold descriptors. A clone and a cache leave a few small objects to the collector.
 LARGE = ("nbdtarget.devices.", "nbdtarget.dm.", "nbdtarget.policies.")
 METADATA = ("CloneMetadata", "CacheMetadata", "CloneTarget", "CacheTarget", "Committer")
 
@@ -89,7 +89,7 @@ async def _use(registry: Registry, name: str) -> None:
 
 
 async def _left_in_the_end(existing: list[str]) -> list[str]:
-    """What is there after some turns of the loop, which threads need to end."""
+    """Return the objects that are left after some turns of the loop, which threads need to end."""
     with contextlib.suppress(TimeoutError):
         await until(lambda: _left_over() == existing)
     return _left_over()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be a name, a UUID, a minor number."""
+"""Valid and invalid names, UUIDs and minor numbers."""
 
 import errno as errnos
 

@@ -296,7 +296,7 @@ async def test_clone_takes_pushed_back_writes_again() -> None:
 
 
 async def test_thousands_of_waiting_discards_do_not_stop_the_loop() -> None:
-    """As many as a server admits: they took minutes, with all exports standing still."""
+    """A server admits this many discards. They once took minutes, in which no export was served."""
     disks, device = await make_clone()
     disks["/s"].hold = True
     copied = submit(device, OP_WRITE, REGION, b"first")
@@ -332,7 +332,7 @@ async def test_clone_pushes_back_cache_requests_that_wait_for_a_turn() -> None:
     await disks.registry.close()
 
 
-# Seeded walks: whatever happens in whatever order, each byte is one that was written there.
+# Random walks by seed: in any order of events, each byte is one that was written there.
 
 
 class Walk:
@@ -382,7 +382,7 @@ class Walk:
         bio = Bio(op, at, length, view, 0, ended, None, op != OP_WRITE_ZEROES)
         self.device.submit(bio)
         if buffer is not None and bio.status == PENDING:
-            buffer[:] = b"?" * length  # borrowed: whoever keeps the bio owned it
+            buffer[:] = b"?" * length  # borrowed: a kept bio was copied
 
     async def run(self, steps: int) -> None:
         disks, rng = self.disks, self.random
@@ -413,7 +413,7 @@ class Walk:
         await self.wait(asyncio.create_task(disks.registry.close()))
 
     async def suspend(self, device: MappedDevice) -> None:
-        """Start it; let go of everything that it may wait for."""
+        """Start a suspend, and end everything that it may wait for."""
         noflush = self.random.random() < 0.8
         task = asyncio.create_task(device.suspend(noflush=noflush))
         await settle(3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mapped device is asked beside I/O: status, messages, extents, contexts."""
+"""The questions to a mapped device beside I/O: status, messages, extents, contexts."""
 
 import asyncio
 import errno as errnos
@@ -109,7 +109,7 @@ async def test_contexts_are_those_of_all_targets_and_0_elsewhere() -> None:
     assert await device.context_extents("other", 0, 12288) == [Extent(12288, 0)]
     with pytest.raises(DeviceError, match="tale"):
         await device.context_extents("tale", 0, 1 << 20)
-    # Whoever asks on after a swap is told that there is nothing special.
+    # After a swap of the table the context is described as empty.
     await registry.load("x", "0 24 zero")
     await device.resume()
     assert not device.contexts

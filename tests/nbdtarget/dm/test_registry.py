@@ -173,7 +173,7 @@ async def test_device_that_is_open_read_only_stays_so() -> None:
     await registry.create("y", "0 8 linear /a 0")
 
 
-# What a table line opens, as (device of its own, device only read), and who else may come.
+# Table lines that open /a: for the table alone, as a source that is only read, shared, and read-only.
 ALONE, SOURCE = "probe /a /s", "probe /o /a"
 PLAIN, READ = "linear /a 0", "linear /a 0 (read-only)"
 

@@ -88,7 +88,7 @@ def submit(device: MappedDevice, op: int, offset: int = 0, length: int = 0) -> B
     return bio
 
 
-# What it does
+# A replacement
 
 
 async def test_bios_in_flight_end_and_later_ones_go_to_the_new_target() -> None:
@@ -164,11 +164,11 @@ async def test_status_that_is_under_way_keeps_the_old_target_alive() -> None:
     await registry.close()
 
 
-# What it gives way to
+# A replacement is refused
 
 
 async def refused(registry: Registry, device: MappedDevice, words: list[str]) -> None:
-    """Ask, and see that nothing comes of it but an event."""
+    """Ask for a replacement, and check that only an event comes of it."""
     table, event_nr = device.active, device.event_nr
     await device.message(0, ["ask", *words])
     await settle()
@@ -202,7 +202,7 @@ async def test_new_target_that_refuses_leaves_the_old_one_running(
 
 
 async def test_target_that_lost_writes_is_not_replaced() -> None:
-    # What was not flushed is gone; only who loads a table by hand may go on from there.
+    # Unflushed writes are lost. Only a person may go on from there, by loading a table.
     registry, _ = make()
     device = await asking(registry)
     await device.message(0, ["die"])

@@ -172,7 +172,7 @@ async def test_clearing_keeps_what_is_in_flight(lab: Lab) -> None:
 
 
 async def test_counting_changes_nothing_for_the_bios(lab: Lab) -> None:
-    """What is in flight when regions come and go ends well, and data goes where it did."""
+    """Bios in flight while regions are created and deleted end well, and their data goes to the same place."""
     lab.disk.hold = True
     first = lab.send(OP_WRITE, 0, 8)
     await lab.ask("@stats_create - /1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled modules repeat from Python is the same there."""
+"""The constants that the compiled modules repeat from Python are the same there."""
 
 import pytest
 

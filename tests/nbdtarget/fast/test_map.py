@@ -341,7 +341,7 @@ def test_part_that_the_socket_does_not_take_is_read_at_once(bench: Mapped) -> No
         expected += data_chunk(
             nr << 16, bench.content[nr << 16 : (nr << 16) + LENGTH], nr
         )
-    # What was served in the first turn is as it was then.
+    # The replies of the first turn hold the bytes of that time.
     nr_first = bench.windows.nr_sent
     assert got[: nr_first * (LENGTH + 28)] == expected[: nr_first * (LENGTH + 28)]
 

@@ -84,7 +84,7 @@ class Bench:
         self.route.can_read = True
         self.route.in_flight = (self,)
 
-    # What a connection, and a mapped device, are asked.
+    # The methods of a connection and of a mapped device
 
     def room(self) -> tuple[int, int]:
         return self.room_left, 1 << 30
@@ -113,7 +113,7 @@ class Bench:
     def end_reads(self, nr: int) -> None:
         self.told.append(("device", -nr))
 
-    # What a test does.
+    # The methods for tests
 
     def receiver(self, *, poll_streak: int) -> "Receiver":
         """Return what the loop would call; it polls once, and then never again."""
@@ -262,7 +262,7 @@ def test_zeroes_become_a_hole(bench: Bench, poll_ns: int) -> None:
 
 
 def test_read_that_is_alone_is_waited_for(bench: Bench) -> None:
-    """Nobody is told of it, because no Python code runs before it has ended."""
+    """The plane reports no read in flight, because no Python code runs before the read has ended."""
     os.write(bench.disk, b"a" * 512)
     bench.read(512, poll_ns=POLL_NS)
     assert bench.replies() == chunk(0, b"a" * 512)

@@ -181,7 +181,7 @@ def test_polls_only_after_a_streak_and_backs_off_after_misses(rig: Rig) -> None:
     for _ in range(40):
         polled.append(
             "poll?" in rig.call(request(READ, 0))
-        )  # nobody sends more: a miss
+        )  # the client sends no more: a miss
         rig.replies()
     nrs = [nr for nr, it in enumerate(polled) if it]
     assert [b - a - 1 for a, b in itertools.pairwise(nrs)] == [1, 3, 7, 8, 8]
@@ -228,7 +228,7 @@ def durable(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Durable]
 
 @pytest.fixture
 def unsyncable(tmp_path: Path) -> Iterator[Durable]:
-    """What is to be synced is a pipe, which cannot be."""
+    """A Durable whose syncs fail, because a pipe takes the place of its file."""
     reading, writing = os.pipe()
     made = Durable(tmp_path / "disk", fd=reading)
     yield made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has happened is kept in order, told once, and waited for."""
+"""Events are kept in order, reported once, and can be waited for."""
 
 import asyncio
 import logging

@@ -258,7 +258,7 @@ async def test_passthrough_over_dirty_blocks_is_refused_with_advice(
     assert recorder.calls == []
     assert files(work) == before
 
-    # What helps, helps.
+    # The advice in the error works.
     assert await cache(Helping(), policy="cleaner") == 0
     assert await cache(recorder, mode="passthrough") == 0
 

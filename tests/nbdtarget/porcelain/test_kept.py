@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KeptSource: what a plan has opened is opened once, and closed if nobody wants it."""
+"""KeptSource: a source that a plan has opened is not opened again, and is closed if it is not used."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ async def test_image_is_opened_once(tmp_path: Path, opened: list[str]) -> None:
     device = await kept.open_device(name, read_only=True)
     assert opened == [name]
     assert bytes(await device.read(0, 2)) == b"xx"
-    await kept.close()  # it is not ours any more
+    await kept.close()  # the device was taken out, so it stays open
     assert bytes(await device.read(0, 2)) == b"xx"
     await device.close()
     again = await kept.open_device(name, read_only=True)
@@ -63,7 +63,7 @@ async def test_disk_that_could_be_written_to_is_not_kept(tmp_path: Path) -> None
     kept = KeptSource()
     name = str(tmp_path / "disk")
     assert await look.disk_size(name, read_only=True, kept=kept) == 4096
-    device = await resolve.open_device(name, read_only=False)  # it is locked by nobody
+    device = await resolve.open_device(name, read_only=False)  # it is not locked
     await device.close()
     assert kept.may_create(str(tmp_path / "other"))
     made = await kept.create_device(str(tmp_path / "other"), 512)

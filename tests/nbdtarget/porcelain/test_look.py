@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan looks at: sizes that are rounded with a note, formats that are warned about, names."""
+"""A plan looks at the disks: sizes are rounded with a note, formats are warned about, names are checked."""
 
 from pathlib import Path
 

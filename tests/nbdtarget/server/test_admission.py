@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections: no stranger keeps others out, and who is not let in is told so at once."""
+"""Connections: a stranger keeps no client out, and a client that is not admitted is told so at once."""
 
 import asyncio
 import resource

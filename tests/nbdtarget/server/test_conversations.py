@@ -43,7 +43,7 @@ class WhimsicalDisk(Disk):
 
 
 class Conversation:
-    """What one peer asks, and what it must be answered."""
+    """The requests of one peer, and the answers that it must get."""
 
     def __init__(self, served: Served, rng: random.Random) -> None:
         self.served = served

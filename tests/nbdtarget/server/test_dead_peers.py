@@ -28,7 +28,7 @@ Scene = Callable[["_Stage"], Coroutine[Any, Any, None]]
 
 
 class _Stage:
-    """A server and a client of few words, both in this loop."""
+    """A server and a minimal client, both in this loop."""
 
     def __init__(self, served: Served, listener: Listener, port: int | None) -> None:
         self.served = served
@@ -64,7 +64,7 @@ class _Stage:
             return False
 
     def send_and_reset(self, rest: bytes) -> None:
-        """Both before the server has a turn."""
+        """Send data and reset the connection, both before the server has a turn."""
         assert self._sock.send(rest) == len(rest)
         self._sock.close()
 

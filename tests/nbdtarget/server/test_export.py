@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is promised about a device on the wire."""
+"""The transmission flags that an export promises on the wire."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client has given up must not come after what it asks for when it is back."""
+"""Writes that a client has given up must not be carried out after the requests that it sends on its next connection."""
 
 import asyncio
 import logging

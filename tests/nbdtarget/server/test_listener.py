@@ -90,7 +90,7 @@ async def test_missing_directory_is_refused(listener: Listener, tmp_path: Path) 
 
 
 BAD_ADDRESSES = ["", "unix:", "tcp:", "tcp:10809", "tcp:h:x", "tcp:h:65536", "udp:h:1"]
-# What no host name can be: an empty label, one that is too long, bytes that were no UTF-8.
+# Invalid host names: an empty label, one that is too long, bytes that were no UTF-8.
 BAD_HOSTS = ["tcp:a..b:0", f"tcp:{'a' * 64}:0", "tcp:\udcff:0"]
 
 

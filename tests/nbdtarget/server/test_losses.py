@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device has lost, told in answer to FLUSH: to each connection, and once."""
+"""The loss of a device is reported in answer to a FLUSH, once to each connection."""
 
 import pytest
 

@@ -147,7 +147,7 @@ def test_pool_does_not_round_up_what_it_would_not_keep() -> None:
 
 
 def test_one_flush_sends_a_bounded_number_of_bytes(pair: Pair) -> None:
-    """Also to a client that reads as fast as we send."""
+    """The bound also holds for a client that reads as fast as we send."""
     output, piece = pair.output, bytes(64 << 10)
     nr = 3 * FLUSH_MAX // len(piece)
     for _ in range(nr):
@@ -183,7 +183,7 @@ def test_rest_of_a_half_sent_reply_goes_before_what_is_pushed(pair: Pair) -> Non
 
 
 def test_who_packs_replies_without_python_hears_of_what_is_pushed(pair: Pair) -> None:
-    """Else the compiled fast path would send into the middle of a reply that has left in part."""
+    """Otherwise the compiled fast path would send into the middle of a reply that was sent in part."""
     heard: list[str] = []
     pair.output.pushed = lambda: heard.append("pushed")
     pair.output.push(b"late")

@@ -49,7 +49,7 @@ def made() -> Made:
 
 
 def make(client: Client, clock: Clock) -> Patience:
-    # Any: the client stands in for all of them.
+    # The type is Any, because the client stands in for all of them.
     part: Callable[[], object] = lambda: client  # noqa: E731
     return Patience(client, LIMITS, clock, part(), part(), part())  # type: ignore[arg-type]
 

@@ -59,7 +59,7 @@ async def test_polling_connection_lets_others_in(served: Served) -> None:
 async def test_turn_receives_batches_max_times_and_goes_on_by_itself(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is received without any answer, as the payload of a refused WRITE, leaves the loop its turns."""
+    """Receiving data without an answer, such as the payload of a refused WRITE, leaves other connections their turns."""
     monkeypatch.setattr("nbdtarget.server.reception.BATCHES_MAX", 4)
     served.limits = replace(served.limits, receive_buffer=20 << 10, own_payload_min=512)
     peer = await served.attach()

@@ -157,7 +157,7 @@ async def test_payload_of_refused_write_is_consumed_trap_17(
     served: Served, step: int, offset: int, length: int, flags: int, error: int
 ) -> None:
     peer = await served.attach(structured=True)
-    # What the payload looks like: requests that must not be found inside it.
+    # The payload consists of requests, which the server must not carry out.
     trap = (peer.request(c.CMD_WRITE, 0, payload=b"!") * length)[:length]
     stream = peer.request(c.CMD_WRITE, offset, payload=trap, flags=flags)
     for at in range(0, len(stream), step):

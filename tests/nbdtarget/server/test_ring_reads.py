@@ -420,7 +420,7 @@ async def test_block_of_a_cache_is_held_while_it_is_read(
 async def test_replies_leave_in_the_order_in_which_they_are_there(
     site: Site, held: Held
 ) -> None:
-    """What is in the queue may be the rest of a reply."""
+    """The queue may begin with the rest of a reply, so later replies wait behind it."""
     _, peer = await make_linear(site)
     held.hold()
     peer.send(c.CMD_READ, 4096, 4096)

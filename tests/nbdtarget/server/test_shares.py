@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One export uses only its share of what may be in flight; and handshakes keep nobody out."""
+"""One export uses only its share of the bounds for requests in flight, and handshakes keep no client out."""
 
 import asyncio
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_those_that_wait_are_woken_by_their_own_export(budget: Budget) -> None:
     one.give_back(1, 0)
     assert woken == ["first"]
     assert budget.nr_waiters == 0
-    # With room in the share it is the budget that they wait for.
+    # There is room in the share, so the requests wait for the budget.
     one.wait(second)
     other.take(1, 0)
     other.give_back(1, 0)

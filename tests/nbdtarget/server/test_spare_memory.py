@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients have needed goes back to the system when they need it no more."""
+"""Memory that clients have used is given back to the system when they do not need it any more."""
 
 import pytest
 

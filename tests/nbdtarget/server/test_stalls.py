@@ -20,7 +20,7 @@ LIMITS = Limits(stall_timeout_s=30, stall_total_s=300)
 
 @dataclass
 class Client:
-    """A connection whose client has moved last at `moved_s`; None: it is in the middle of nothing."""
+    """A connection whose client has moved last at `moved_s`; None: the client is between requests."""
 
     moved_s: float | None
     peer: str = "client"

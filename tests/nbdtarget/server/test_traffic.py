@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted of requests: the same with the compiled fast path and without it, and each request once."""
+"""Each request is counted once, and the counters are the same with the compiled fast path and without it."""
 
 import random
 from collections.abc import AsyncIterator

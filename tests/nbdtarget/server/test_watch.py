@@ -20,7 +20,7 @@ def sock() -> Iterator[socket.socket]:
 
 
 async def turns(called: list[str]) -> list[str]:
-    """What is called in two turns of the loop."""
+    """Return the callbacks that are called in two turns of the loop."""
     called.clear()
     await asyncio.sleep(0)
     await asyncio.sleep(0)

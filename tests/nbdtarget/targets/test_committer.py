@@ -407,7 +407,7 @@ async def test_unexpected_exception_fails_all_waiting_callers(
 
 
 async def test_cancelled_waiter_does_not_disturb_the_others() -> None:
-    # Whoever asks for a status may go away; SIGTERM cancels the one who watches progress.
+    # A client that has asked for a status may go away, and SIGTERM cancels the task that watches progress.
     rig = Rig()
     rig.device.hold = True
     rig.change()

@@ -37,7 +37,7 @@ async def test_constructor_refuses(words: str, reason: str) -> None:
     with pytest.raises(ConstructorError) as caught:
         await disks.create(f"0 8 delay {words}")
     assert str(caught.value).startswith(f"delay: {reason}")
-    # What has been opened is free again: nothing says that it is in use.
+    # The refused table has closed its devices, so they can be used again.
     await disks.create("0 16 linear /a 0\n16 16 linear /b 0")
 
 

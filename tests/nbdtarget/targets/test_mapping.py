@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clone and cache have in common: each test is run with both."""
+"""Rules that clone and cache have in common. Each test is run with both."""
 
 import errno as errnos
 

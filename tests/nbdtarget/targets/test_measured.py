@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `measure` prints, as recorded from a 6.12 kernel; devices by path instead of by number."""
+"""The output of `measure`, as recorded from a 6.12 kernel, with devices by path instead of by number."""
 
 import pytest
 

@@ -33,7 +33,7 @@ WORDS = {
     "keep|drop|tear|mixed": "drop",
     "[SEED]": "7",
 }
-# What refuses a message of the right form here, and is not about its words.
+# Messages of the right form that are refused here for other reasons, and the words of the refusal.
 ELSEWHERE = {
     "on": "the power is on",
     "source_url URL": "is not reached by a URL",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Range locks: exclusion, order, and nobody forgotten."""
+"""Range locks: exclusion, order, and every waiter is granted its range."""
 
 from time import thread_time_ns
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the small targets say of themselves by name."""
+"""The status of the small targets as named fields."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `examine` finds, on this machine and where something is missing."""
+"""The findings of `examine`, on this machine and where something is missing."""
 
 import os
 import resource

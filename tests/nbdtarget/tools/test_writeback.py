@@ -67,7 +67,7 @@ def filled(size: int, seed: int) -> bytes:
 
 
 class Disks:
-    """The three devices, and who opens them. `offset`: before the data on cache and origin."""
+    """The three devices, and their opener. `offset`: the bytes before the data on cache and origin."""
 
     def __init__(
         self, metadata: bytes, *, offset: int = 0, inline_chance: float = 1.0
@@ -250,7 +250,7 @@ def test_slow_devices_come_to_the_same(inline_chance: float) -> None:
     assert not disks.content().dirty.any()
 
 
-# What is refused
+# Refusals
 
 
 def refused(disks: Disks, **options: object) -> str:

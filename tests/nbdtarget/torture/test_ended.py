@@ -58,7 +58,7 @@ def start(phase: str, told: Path) -> "subprocess.Popen[bytes]":
 
 
 def uses(folder: Path) -> Iterator[str]:
-    """What is mounted below a folder, in the sight of any process, and what is below such a loop device."""
+    """Yield the mounts below a folder that any process sees, and the loop devices of files below it."""
     for mounts in Path("/proc").glob("[0-9]*/mounts"):
         try:
             text = mounts.read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to mount a file system, and what is said if it is not there."""
+"""The needs of a mount of a file system, and the error if one of them is missing."""
 
 import os
 import shutil

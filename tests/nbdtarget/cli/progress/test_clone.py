@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `clone` prints when it is stopped before all is copied, and after."""
+"""The messages of `clone` when it is stopped before all is copied, and after that."""
 
 import pytest
 

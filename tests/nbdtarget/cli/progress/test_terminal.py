@@ -9,7 +9,7 @@ from rich.console import Console
 from nbdtarget.cli.progress.common import open_display
 from nbdtarget.cli.progress.terminal import Bar, LiveLine
 
-# What moves the cursor or changes a colour.
+# Sequences that move the cursor or change a colour.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -24,7 +24,7 @@ def console(width: int) -> tuple[Console, StringIO]:
 
 
 def lines(drawn: StringIO) -> list[str]:
-    """What is seen, each line as often as it was drawn."""
+    """Return the lines that a user sees, each as often as it was drawn."""
     text = CONTROL.sub("", drawn.getvalue()).replace("\r", "\n")
     return [line.rstrip() for line in text.split("\n") if line.strip()]
 

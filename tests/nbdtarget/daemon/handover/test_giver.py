@@ -37,7 +37,7 @@ HELLO = f'say(type="Hello", format={FORMAT}, version="9"); moved = hear(); '
 
 
 class Server:
-    """What hands over: a registry with one device; `log` says what was done."""
+    """The server that hands over: a registry with one device. `log` has the calls so far."""
 
     def __init__(self) -> None:
         self.registry: Registry
@@ -64,7 +64,7 @@ class Server:
         assert heir.wait(PATIENCE_S) == 0
 
     def check_goes_on(self, log: list[str]) -> None:
-        """Everything is as it was before, after these steps."""
+        """Check that these steps were done, and that the server continues as before."""
         assert self.log == log
         (device,) = self.registry.devices()
         assert device.state is State.ACTIVE
@@ -94,7 +94,7 @@ async def test_it_hands_over(server: Server) -> None:
 async def test_who_is_cancelled_after_go_does_not_go_on_beside_the_new_process(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Go cannot be taken back: from there on only one of the two may serve."""
+    """Go cannot be taken back: after it only one of the two processes may serve."""
     loop, ends = asyncio.get_running_loop(), list[str]()
     send = Channel._send
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bulk copies do with a file: reads and writes of threads, and what is written back and dropped behind them."""
+"""Bulk copies from and to a file: reads and writes of threads, and writing back and dropping pages behind them."""
 
 import asyncio
 import errno

@@ -172,7 +172,7 @@ async def test_read_of_a_truncated_file_is_an_error(device: DirectDevice) -> Non
 async def test_fua_and_flush_are_synced(
     device: DirectDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a direct write has given to the disk may lie in the disk's own cache."""
+    """The data of a direct write may still lie in the disk's own cache."""
     syncs = Syncs(monkeypatch)
     await device.write(0, bytes(4096), fua=True)
     await device.write(0, bytes(10), fua=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a FileDevice latches for, what it does not, and what its health says of it."""
+"""The errors for which a FileDevice latches, those for which it does not, and its health then."""
 
 import errno
 import os

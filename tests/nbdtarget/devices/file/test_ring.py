@@ -71,7 +71,7 @@ async def test_more_reads_than_the_ring_takes_go_to_threads(
 async def test_read_that_comes_short_is_finished_by_a_thread(
     device: FileDevice, tmp_path: Path
 ) -> None:
-    """What is behind the new end of a file that was cut under us is an error, and not zeroes."""
+    """A read behind the new end of a file that was cut under us is an error, and does not return zeroes."""
     os.truncate(tmp_path / "disk", 10_000)
     with pytest.raises(DeviceError) as caught:
         await device.read(8192, 4096)

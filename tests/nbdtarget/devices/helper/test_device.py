@@ -188,7 +188,7 @@ async def test_program_that_is_killed_is_started_again(
         first = device.helper_pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        # Nobody gets an error: what is read meanwhile waits for the next one.
+        # No read fails: reads wait until the program has been started again.
         assert await device.read(0, SIZE) == raw
         assert device.helper_pid not in (None, first)
     assert "qemu-nbd was ended by SIGKILL" in caplog.text

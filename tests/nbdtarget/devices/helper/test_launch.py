@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a helper finds when it begins to run: its socket, its pid, its bounds, and a parent that it ends with."""
+"""The surroundings of a helper when it starts: its socket, its pid, its bounds, and its end with its parent."""
 
 import os
 import select

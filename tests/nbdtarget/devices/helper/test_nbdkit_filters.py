@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nbdkit's filters would serve wrong: real archives of tar."""
+"""Archives of tar that nbdkit's filters would serve with wrong bytes."""
 
 import subprocess
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Ceph says of an image, with a program in the place of `rbd` that answers as Ceph 16 does. The real one: `make ceph-test`."""
+"""Facts about an image from a program in the place of `rbd`, which answers as Ceph 16 does. `make ceph-test` uses a real Ceph."""
 
 import json
 import os

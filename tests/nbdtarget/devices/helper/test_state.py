@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells an image from another one, or from a later state of it."""
+"""The state of an image distinguishes it from another image, and from later states of itself."""
 
 import os
 from pathlib import Path

@@ -57,7 +57,7 @@ async def test_image_is_read_by_ranges_and_never_asked_for_by_head() -> None:
 
 
 async def test_first_read_is_one_request_on_the_connection_of_the_opening() -> None:
-    """So it takes one round trip: a new connection would take another one, and with TLS two."""
+    """The first read takes one round trip. A new connection would take another one, and with TLS two."""
     async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
         assert bytes(await device.read(2 * MIB, 4096)) == IMAGE[2 * MIB :][:4096]
         assert (len(server.noted), server.nr_connections) == (2, 1)
@@ -223,7 +223,7 @@ async def test_no_server_and_no_such_name(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_no_byte_of_an_answer_of_the_wrong_length_is_used(
     changed: Callable[[Answer], None],
 ) -> None:
-    """Its length is looked at first: these bodies are of another place of the image."""
+    """The length of an answer is checked first: these bodies belong to another place of the image."""
     async with ImageServer(IMAGE) as server:
         server.behave = once(changed)
         async with device_on(server.url()) as device:
@@ -426,7 +426,7 @@ async def test_proxy_of_the_environment_is_used(
 async def test_environment_is_looked_through_once_for_each_origin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It takes a millisecond, and a fresh clone sends eight requests while its first client waits."""
+    """Reading the environment takes a millisecond, and a fresh clone sends eight requests while its first client waits."""
     looked: list[None] = []
 
     def proxies() -> dict[str, str]:
@@ -454,7 +454,7 @@ async def test_origins_whose_proxies_are_known_have_a_bound(
 
 
 async def test_body_in_gzip_that_is_not_announced_is_not_decoded() -> None:
-    """What arrives are the bytes of the file, also if they look packed."""
+    """The bytes of the file are served as they are, also if they look packed."""
     packed = gzip.compress(IMAGE)
     async with ImageServer(packed) as server, device_on(server.url()) as device:
         assert bytes(await device.read(0, 4096)) == packed[:4096]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a URL says as the name of a device."""
+"""URLs as names of devices: their parts, and what is refused."""
 
 import pytest
 

@@ -34,7 +34,7 @@ SINGLE = FLAGS_ALL ^ consts.FLAG_CAN_MULTI_CONN
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a server that comes back at once."""
+    """Let the client connect again after milliseconds, because the servers here come back at once."""
     monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
     monkeypatch.setattr(nbd_module, "RECONNECT_S_MAX", 0.004)
 

@@ -73,7 +73,7 @@ async def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_credentials_of_a_command_are_renewed_when_they_end(
     tmp_path: Path, life_s: int
 ) -> None:
-    """By the store's word, sooner than by their own. Those that live two seconds may be renewed by the library before that."""
+    """The store may refuse credentials before they expire. If they live two seconds, the library may renew them before that."""
     count = tmp_path / "count"
     count.write_text("")
     script = tmp_path / "credentials.py"
@@ -323,7 +323,7 @@ class Tokens:
 async def test_token_that_has_ended_is_renewed(
     kind: str, life_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the store's word, sooner than by its own. One that lives two seconds may be renewed by the library before that."""
+    """The store may refuse a token before it expires. If it lives two seconds, the library may renew it before that."""
     async with ImageServer(IMAGE) as server:
         tokens = Tokens(server, kind, monkeypatch)
         tokens.life_s = life_s

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the URL of an object says."""
+"""URLs of objects: their parts, and what is refused."""
 
 import pytest
 

@@ -77,7 +77,7 @@ async def test_copy_in_order_unpacks_once(tmp_path: Path, format_name: str) -> N
 async def test_client_that_reads_far_ahead_waits_and_spoils_nothing(
     tmp_path: Path,
 ) -> None:
-    """As the kernel does when it looks for the backup of a partition table at the end."""
+    """The kernel reads far ahead when it looks for the backup of a partition table at the end of a disk."""
     async with device_of(packed(tmp_path)) as device:
         first = ahead(device, 0, 64 << 10)
         end = Bio(OP_READ, 6 * MIB, 512, memoryview(bytearray(512)), 0, lambda _: None)
@@ -101,7 +101,7 @@ async def test_client_alone_drives_it_on(
             bytes(await device.read(5 * MIB, 4096)) == IMAGE[5 * MIB : 5 * MIB + 4096]
         )
         assert device.nr_starts == 1
-        # What has left the window begins the file again.
+        # A read of bytes that have left the window starts at the beginning of the file again.
         assert bytes(await device.read(4096, 4096)) == IMAGE[4096:8192]
         assert device.nr_starts == 2
 
@@ -183,7 +183,7 @@ async def test_one_line_clones_a_packed_image(tmp_path: Path, format_name: str) 
 
 
 async def test_url_of_a_packed_image_can_be_swapped(tmp_path: Path) -> None:
-    """Its signature has ended; what has been unpacked goes on."""
+    """A URL whose signature has expired is replaced by a new one. Unpacking continues where it was."""
     data = PACKERS["gzip"](IMAGE)
     async with ImageServer(data) as server:
         size = f"#size={len(IMAGE)}"

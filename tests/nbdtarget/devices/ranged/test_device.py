@@ -165,7 +165,7 @@ def test_replaced_image_ends_all_reads_at_once_and_for_good(
         assert events == [HealthState.LOST]
         assert device.changed == 'it was replaced: its etag is "two", not "one"'
         assert device.health.last_error == device.changed
-        # Not even what was fetched before: a disk is not to be half readable.
+        # Even data that was fetched before cannot be read: a disk must not be half readable.
         asked = len(store.noted)
         for at in (0, 2 * MIB, 11 * MIB):
             with pytest.raises(DeviceError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is tried again, for how long, and what ends everything; in simulated time."""
+"""The fetcher repeats failed requests, for a limited time, and gives up at some errors at once. Time is simulated."""
 
 import asyncio
 import logging
@@ -83,7 +83,7 @@ def test_failures_are_tried_again_and_the_source_may_be_back(
         assert rig.got == IMAGE
         assert rig.traffic.retries == 8
         assert rig.traffic.requests == 9
-        # Told once that it is away, and once that it is back.
+        # The log says once that the source is away, and once that it is back.
         assert events == [error.reason, ""]
         assert rig.traffic.away_since_s == 0.0
         assert rig.slots.nr_used == 0

@@ -97,7 +97,7 @@ async def test_retried(kind: str, row: str) -> None:
             assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
             assert device.traffic.retries == 1
             assert device.health.state is HealthState.OK
-            # What broke off is asked for by us, with the pin, and not by a library without.
+            # After an answer breaks off, the rest is requested by our code with the pin, and not by the library without one.
             assert {r.headers.get("if-match") for r in server.noted[1:]} == {'"one"'}
 
 

@@ -60,7 +60,7 @@ class Rig:
 
     @property
     def asked(self) -> list[tuple[int, int]]:
-        """What was asked for, in cells."""
+        """The ranges that were requested, in cells."""
         return [(b // CELL_BYTES, -(-e // CELL_BYTES)) for b, e, *_ in self.store.noted]
 
 

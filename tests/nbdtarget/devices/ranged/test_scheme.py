@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the schemes of all remote images have in common."""
+"""Rules that the schemes of all remote images have in common."""
 
 import errno
 
@@ -33,7 +33,7 @@ def test_options_are_no_part_of_the_identity(name: str) -> None:
     assert identity(name) == identity(f"{name}#pin=size&connections=3")
     assert identity(name) != identity(f"{name}2")
     assert len({identity(each) for each in NAMES}) == len(NAMES)
-    # What cannot be taken apart is what it is called.
+    # The identity of a name that cannot be parsed is the name itself.
     assert identity(f"{name}#nonsense=1") == f"{name}#nonsense=1"
 
 

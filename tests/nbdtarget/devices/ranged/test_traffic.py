@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device counts of its traffic, over a store in memory."""
+"""The counters of a device's traffic, over a store in memory."""
 
 import pytest
 

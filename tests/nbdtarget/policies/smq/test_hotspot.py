@@ -104,5 +104,5 @@ def test_unknown_block_replaces_the_oldest_entry_of_the_lowest_level() -> None:
     assert hotspot.queue.level_lengths() == lengths
     assert list(hotspot.queue.entries(level))[-1] == oldest
     assert len(hotspot.queue) == 1024
-    # That the entry rose since the last tick was its former block's doing.
+    # The entry rose since the last tick because of its former block.
     assert hotspot.note_miss(16 * 5000) == level + 1

@@ -150,7 +150,7 @@ def test_cache_that_lru_would_beat_does_as_lru_does() -> None:
             if work.op == WRITEBACK:
                 smq.clear_dirty(work.cblock)
     assert smq._table.find(2002) >= 0
-    # What is hit goes to the top, and nothing comes down for it.
+    # A block that is hit goes to the top level, and no other block moves down for it.
     entry = next(smq._clean.entries(10), None) or next(smq._dirty.entries(10))
     before = smq._clean.level_lengths()[63] + smq._dirty.level_lengths()[63]
     smq.lookup(smq._table.blocks[entry], False)

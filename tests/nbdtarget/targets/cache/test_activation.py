@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a resume refuses, resizes and loads, and what of that a crash leaves."""
+"""A resume refuses, resizes and loads a cache, and a crash may come in between."""
 
 import asyncio
 import errno as errnos
@@ -27,7 +27,7 @@ HEAL = ["flush", "flush", "write", "write"]
 
 
 async def refusal(table: Table) -> tuple[str, int]:
-    """Why the table cannot be resumed; nothing is written but a healing commit, no failure noted."""
+    """Return why the table cannot be resumed. Check that only a healing commit is written, and that no failure is noted."""
     table.bench.log.clear()
     with pytest.raises(TableError) as caught:
         await table.resume()
@@ -38,7 +38,7 @@ async def refusal(table: Table) -> tuple[str, int]:
 
 
 def loaded(policy: Policy, nr_oblocks: int = 32) -> dict[int, int]:
-    """What the policy believes is cached: cblocks by oblock."""
+    """Return the blocks that the policy has as cached: cblocks by oblock."""
     found = {oblock: policy.lookup(oblock, False) for oblock in range(nr_oblocks)}
     return {oblock: cblock for oblock, cblock in found.items() if cblock >= 0}
 
@@ -46,7 +46,7 @@ def loaded(policy: Policy, nr_oblocks: int = 32) -> dict[int, int]:
 async def stopped(
     mapped: dict[int, int], dirty: tuple[int, ...] = (), words: str = WRITEBACK
 ) -> Bench:
-    """A cache that was shut down, cleanly; nobody has it in core."""
+    """A cache that was shut down cleanly. No target has it in core."""
     bench = Bench()
     table = await bench.resumed(words, mapped=mapped.items(), dirty=dirty)
     await table.suspend()
@@ -242,7 +242,7 @@ async def test_loading_few_of_many_blocks_lets_others_have_their_turn(
         await table.resume()
         watching.cancel()
         assert table.parts.policy.residency == len(mapped)
-    # None for blocks behind the last one that is mapped, one for each before it.
+    # The loop gets a turn for each block up to the last mapped one, and none for the blocks behind it.
     assert turns[0,] <= turns[()] + 2
     assert turns[7,] >= turns[0,] + 7
 
@@ -332,7 +332,7 @@ async def test_passthrough_that_was_loaded_early_is_refused_late() -> None:
     await live.suspend()
     assert await refusal(inactive) == (NOT_CLEAN, errnos.EBUSY)
     assert await refusal(inactive) == (RELOAD, errnos.EINVAL)
-    # The way out: another table, data intact.
+    # Another table can be loaded, and the data is intact.
     table = await bench.resumed("1 writeback cleaner 0")
     assert loaded(table.parts.policy) == {7: 0}
     assert list(table.metadata.dirty.search(1)) == [0]
@@ -540,7 +540,7 @@ async def test_read_only_metadata_are_resumed_to_be_read() -> None:
     table.metadata.abort()
     await table.resume()
     assert loaded(table.parts.policy) == {3: 1}
-    # The other table as well: what is in core tells where the data are.
+    # The inactive table can be resumed, too: the mappings in core tell where the data are.
     await inactive.resume()
     assert loaded(inactive.parts.policy) == {3: 1}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no FLUSH and no FUA may promise: found by reading the cache target with suspicion."""
+"""Cases in which a FLUSH or FUA promised too much. They were found by a review of the cache target."""
 
 import errno as errnos
 

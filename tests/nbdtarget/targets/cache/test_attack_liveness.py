@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was seen to hang, to hold the loop, or to give up too early, and must not."""
+"""Cases in which a cache was seen to hang, to hold the loop, or to give up too early."""
 
 import errno as errnos
 

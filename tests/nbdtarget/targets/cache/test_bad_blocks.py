@@ -97,7 +97,7 @@ async def test_failed_read_of_a_dirty_block_is_an_error(lab: CacheLab) -> None:
 async def test_failed_read_of_what_the_origin_may_have_lost_is_an_error(
     lab: CacheLab,
 ) -> None:
-    """Written back, not flushed, and lost with the origin's power: the origin holds what was there before."""
+    """A block was written back and not flushed, and the origin's power cut has lost it. The origin holds older data."""
     await lab.create(DIRTY_BUSY)
     await lab.write(A, "n")
     await (

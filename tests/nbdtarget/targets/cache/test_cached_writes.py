@@ -133,7 +133,7 @@ async def test_logged_write_whose_commit_fails_is_not_sent(
 async def test_write_that_waited_for_another_one_is_refused_after_a_failed_commit(
     lab: CacheLab,
 ) -> None:
-    """What was true when it came is asked again: nothing can be recorded any more."""
+    """The second write must be checked again after its wait, because no change can be recorded any more."""
     await cached_through(lab)
     lab.hold("c", OP_WRITE)
     one = lab.submit(OP_WRITE, 2 * BLOCK, 1024, fill="1")

@@ -180,7 +180,7 @@ async def test_metadata_that_need_a_check_are_refused() -> None:
 async def test_metadata_that_refused_a_commit_are_opened_again_as_they_are(
     part: str,
 ) -> None:
-    """What is on the disk is a complete commit: nothing there needs a check."""
+    """The disk holds a complete commit, which needs no check."""
     bench = Bench()
     table = await bench.resumed(mapped=[(0, 0)])
     is_journal = part == "journal"

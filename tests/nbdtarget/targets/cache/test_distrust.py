@@ -56,7 +56,7 @@ async def test_clients_see_no_error_when_the_cache_device_dies(lab: CacheLab) ->
 async def test_failed_flush_of_the_cache_leaves_no_stale_copy(
     lab: CacheLab,
 ) -> None:
-    """What it took before, and could not write, may read as it was: only the origin counts."""
+    """The cache device may return old data for writes that it could not make durable, so only the origin counts."""
     await cached(lab, A)
     await lab.write_part(A, at=0)
     lab.fail("c", OP_FLUSH)
@@ -78,7 +78,7 @@ async def test_failed_flush_of_the_cache_leaves_no_stale_copy(
 
 @pytest.mark.parametrize("words", [THROUGH, DIRTY_BUSY, "1 passthrough smq 0"])
 async def test_next_table_begins_without_the_copies(lab: CacheLab, words: str) -> None:
-    """Also if it shares the metadata, because the cache device does not say that it is latched."""
+    """The next table shares the metadata, unless the cache device says that it is latched. It gives the copies up all the same."""
     await cached(lab, A)
     lab.fail("c", OP_FLUSH)
     await lab.write_part(A, at=0)
@@ -133,7 +133,7 @@ async def test_loss_of_the_cache_device_fails_no_request(lab: CacheLab) -> None:
 
 
 async def test_clean_shutdown_needs_the_flush(lab: CacheLab) -> None:
-    """It vouches for the copies."""
+    """A clean shutdown vouches for the copies, so the cache device must have been flushed."""
     await cached(lab, A)
     await lab.write_part(A, at=0)
     left = [0, errnos.EIO]  # the flush of the suspend, and that of its commit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invalidation by number: whoever asked for it may go away at any moment."""
+"""Invalidation by number: the client that asked for it may go away at any moment."""
 
 import asyncio
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block locks against a model that only knows who is there: levels, quiescence, nobody starves.
+"""Block locks against a model that only keeps the holders: levels, quiescence, and no request starves.
 
 The model keeps every hold and every lock in the order they came, and says from that alone what may
 be granted. A walk asks for holds and locks at random, ends them in any order, and looks after

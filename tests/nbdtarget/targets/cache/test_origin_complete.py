@@ -113,7 +113,7 @@ async def test_writethrough_keeps_dirty_blocks_until_they_are_written_back(
 async def test_flushed_write_survives_a_later_write_error_of_the_origin(
     lab: CacheLab, kind: str
 ) -> None:
-    """The block is dirty then, though the disk says that none is: a promise takes that back."""
+    """The block is dirty then, although the metadata say that no block is. The next promise corrects them."""
     await cached(lab, 2)
     lab.fail("o", OP_WRITE)
     bio = lab.submit(OP_WRITE, 2 * BLOCK, BLOCK, fill="n")

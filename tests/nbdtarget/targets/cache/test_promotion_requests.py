@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wished for and not cached yet, when it is to be unpinned."""
+"""Unpinning blocks whose promotion was requested and that are not cached yet."""
 
 import errno as errnos
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's dm-cache printed, step by step, and we after the same steps.
+"""The output of the kernel's dm-cache, step by step, and ours after the same steps.
 
 A script has a step on each line: what dmsetup was told, what dd wrote or read (bytes each, how
 many of these to skip, how many); `= …`: the status, but for the numbers of metadata blocks;
@@ -12,7 +12,7 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from tests.support.clock import settle
 from tests.support.tables import Disks
 
-# What a step took: smq decides by ticks, of which there are one a second and more when it misses.
+# The time that a step took: smq decides by ticks, of which there is one a second, and more when blocks are missed.
 STEP_S = 0.4
 
 TABLE = "0 131072 cache /m /c /o 128"

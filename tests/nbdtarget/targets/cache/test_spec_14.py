@@ -21,7 +21,7 @@ A, B = 3, 4  # blocks of the origin
 async def test_14_1_committed_mapping_never_points_at_lost_data(lab: CacheLab) -> None:
     await lab.create(DIRTY_BUSY)
     await lab.fill(range(8))
-    await lab.pass_time(3)  # committed by time; nobody has flushed
+    await lab.pass_time(3)  # committed by time, without a FLUSH
     await lab.cut_power()
     await lab.create(DIRTY_BUSY)
     assert await lab.used() == 8
@@ -88,7 +88,7 @@ async def test_14_3_crash_right_after_a_resume_has_no_stale_dirty_bits(
     assert lab.on_disk("o", A)[512:1024] == b"p" * 512
 
 
-# 4: what a start was like is not remembered for ever
+# 4: a dirty start is not remembered for ever
 
 
 async def test_14_4_table_after_a_clean_sync_is_a_clean_start(lab: CacheLab) -> None:
@@ -105,7 +105,7 @@ async def test_14_4_table_after_a_clean_sync_is_a_clean_start(lab: CacheLab) -> 
     await lab.reload(PASSTHROUGH)
 
 
-# 5: what others left on the cache device
+# 5: old data of other users on the cache device
 
 
 @pytest.mark.parametrize("what", ["part", "read", "warm"])
@@ -143,7 +143,7 @@ async def test_14_10_ro_takes_no_write_that_a_crash_would_undo(lab: CacheLab) ->
     }
     assert taken == {A: False, B: True, 20: True, 31: False}
     await lab.cut_power(kills_only=True)
-    # What a check, and taking back the flag, would let a table see.
+    # The mappings that a table sees after a check has cleared the flag
     recorded = await lab.unchecked()
     for nr in (B, 20):
         cblock = recorded.maybe_cblock(nr)

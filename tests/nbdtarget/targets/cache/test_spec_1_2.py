@@ -103,7 +103,7 @@ async def test_1_2_policies_and_the_names_they_report(
 
 
 async def test_1_2_migrations_under_way_are_bounded() -> None:
-    """By fewer than the kernel's 128: each has a whole block in memory."""
+    """The bound is lower than the kernel's 128, because each migration has a whole block in memory."""
     lab = CacheLab(nr_cblocks=64, nr_oblocks=64)
     await lab.create()
     lab.hold("o", OP_READ)
@@ -117,7 +117,7 @@ async def test_1_2_migrations_under_way_are_bounded() -> None:
 
 
 async def test_1_2_cache_need_not_begin_at_sector_0(lab: CacheLab) -> None:
-    """Where the kernel's forgets to subtract where it begins."""
+    """The kernel's cache forgets to subtract the sector at which it begins."""
     sectors = lab.length // 512
     cache = f"{SECTORS} {sectors} cache /m /c /o {SECTORS} {DIRTY_BUSY}"
     device = await lab.registry.create("c", f"0 {SECTORS} zero\n{cache}")

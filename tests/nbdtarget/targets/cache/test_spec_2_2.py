@@ -94,7 +94,7 @@ async def test_2_2_1_lock_waits_for_the_writes_that_were_there_before(
 
 
 async def test_2_2_1_admitted_reads_do_not_starve_a_migration(lab: CacheLab) -> None:
-    """Where the kernel's can: its quiesce waits for reads that are still let in."""
+    """In the kernel they can: its quiesce waits for reads that are still admitted."""
     await lab.create(DIRTY_BUSY)
     await lab.fill([A])
     lab.origin.hold = True
@@ -110,7 +110,7 @@ async def test_2_2_1_admitted_reads_do_not_starve_a_migration(lab: CacheLab) -> 
 
 
 async def test_2_2_1_parked_bios_run_from_the_beginning(lab: CacheLab) -> None:
-    """What they find then is where their block is then: here it is cached no more."""
+    """Parked bios look their block up again when they run: here it is no longer cached."""
     await give_clean(lab, PASSTHROUGH, A)
     lab.metadata.hold = True
     first = lab.submit(OP_WRITE, A * BLOCK, 512, fill="1")
@@ -219,7 +219,7 @@ async def test_2_2_3_writeback_whole_block_is_promoted_without_a_copy(
 async def test_2_2_3_writeback_part_of_a_discarded_block_is_promoted_zero_filled(
     lab: CacheLab,
 ) -> None:
-    """Where the kernel leaves what the cache device happens to hold around the part."""
+    """The kernel leaves around the part whatever bytes the cache device holds."""
     lab.put("c", b"secret!!")
     await lab.create(DIRTY_BUSY)
     await lab.device.discard(A * BLOCK, 2 * BLOCK)
@@ -232,7 +232,7 @@ async def test_2_2_3_writeback_part_of_a_discarded_block_is_promoted_zero_filled
 async def test_2_2_3_writeback_read_of_a_discarded_block_is_the_origins(
     lab: CacheLab,
 ) -> None:
-    """Where the kernel may promote it as it is: a read of what somebody else left there."""
+    """The kernel may promote the block as it is, so that a read returns old data of another user."""
     lab.put("c", b"secret!!")
     await lab.create(DIRTY_BUSY)
     await lab.device.discard(A * BLOCK, BLOCK)
@@ -374,7 +374,7 @@ async def test_2_2_3_second_write_to_a_discarded_block_finds_a_hit(
 async def test_2_2_3_failed_overwrite_goes_to_the_origin_and_frees_the_cblock(
     lab: CacheLab,
 ) -> None:
-    """The kernel's has the bio's error."""
+    """In the kernel the bio fails with the error."""
     await lab.create(DIRTY_BUSY)
     lab.fail("c", OP_WRITE, errno=errnos.ENOSPC)
     await lab.write(A)
@@ -546,7 +546,7 @@ async def test_2_2_5_without_passdown_it_ends_here(lab: CacheLab) -> None:
 
 
 async def test_2_2_5_discard_waits_for_writes_and_writes_for_it(lab: CacheLab) -> None:
-    """Where the kernel leaves it to the user that they do not race."""
+    """In the kernel the user must take care that they do not race."""
     await lab.create("0 cleaner 0")
     lab.origin.hold = True
     write = lab.submit(OP_WRITE, A * BLOCK, 512, fill="1")
@@ -598,7 +598,7 @@ async def test_2_2_5_migrations_of_discarded_blocks_copy_nothing(lab: CacheLab) 
     await lab.pass_time(2)
     assert lab.cblock(B) is not None
     assert lab.asked("o", "read", "write") == lab.asked("c", "read") == []
-    # What is in the cache now is zeroes, on the origin anything: they differ.
+    # The block in the cache is all zeroes, and on the origin it may be anything, so it is dirty.
     assert await lab.field("dirty") == "1"
 
 

@@ -92,7 +92,7 @@ async def test_3_2_demotion_ends_after_the_commit_of_its_removal(lab: CacheLab) 
 async def test_3_2_write_that_waits_for_a_demotion_waits_for_no_second(
     lab: CacheLab,
 ) -> None:
-    """Somebody may be waiting: the removal is committed at once, not with the next second."""
+    """A client may be waiting, so the removal is committed at once, and not with the next second."""
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean(range(8))
     lab.hold("m")
@@ -281,7 +281,7 @@ async def test_3_2_failed_commit_is_ro_and_the_disk_has_the_commit_before(
 async def test_3_2_metadata_device_that_fails_all_writes_is_ro_and_serves_reads(
     lab: CacheLab,
 ) -> None:
-    """As the kernel, with the flag in core only."""
+    """The kernel does the same, with the flag in core only."""
     await lab.create(DIRTY_BUSY)
     await lab.write(A)
     lab.fail("m", OP_WRITE)
@@ -453,7 +453,7 @@ async def test_3_2_ro_promotes_and_demotes_nothing(lab: CacheLab) -> None:
 
 
 async def test_3_2_ro_flush_and_fua_fail_changed_or_not(lab: CacheLab) -> None:
-    """In the kernel only if something was uncommitted: ours promises nothing any more."""
+    """In the kernel they fail only if something was uncommitted. Here no further promise is made."""
     await lab.create(DIRTY_BUSY)
     await lab.make_read_only()
     bios = [lab.flush(), lab.submit(OP_WRITE, B * BLOCK, 512, FUA)]
@@ -462,7 +462,7 @@ async def test_3_2_ro_flush_and_fua_fail_changed_or_not(lab: CacheLab) -> None:
 
 
 async def test_3_2_ro_writes_where_nothing_need_be_recorded(lab: CacheLab) -> None:
-    """Where the kernel takes all writes (weakness 10)."""
+    """The kernel takes all writes in this mode (weakness 10)."""
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean([A])
     await lab.fill([B])

@@ -134,7 +134,7 @@ async def test_4_2_failed_promotion_frees_its_cblock(lab: CacheLab, disk: str) -
 
 
 async def test_4_2_demotion_frees_the_cblock_after_the_commit(lab: CacheLab) -> None:
-    """Not before: a crash would bring the mapping back, over what is there then."""
+    """An earlier reuse would be wrong: a crash would bring the mapping back, over another block's data."""
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean(range(8))
     lab.hold("m")
@@ -243,7 +243,7 @@ async def test_4_2_cache_that_was_just_resumed_is_not_idle(lab: CacheLab) -> Non
     await lab.registry.suspend("c")
     await lab.registry.resume("c")
     await lab.pass_time(0.5)
-    assert await lab.field("dirty") == "4", "nobody knows yet whether clients come"
+    assert await lab.field("dirty") == "4", "clients may still come"
     await lab.pass_time(2.5)
     assert await lab.field("dirty") == "0"
 

@@ -50,7 +50,7 @@ async def test_5_3_second_opener_must_use_the_same_block_size(lab: CacheLab) -> 
 async def test_5_3_reload_after_a_crash_knows_what_was_cleaned_since(
     lab: CacheLab,
 ) -> None:
-    """Not latched: the kernel takes all for dirty until the last table is gone."""
+    """The kernel takes all blocks for dirty until the last table is gone. Here a reload knows which were cleaned."""
     await lab.create(DIRTY_BUSY)
     await lab.fill([A, B])
     await lab.device.flush()
@@ -109,7 +109,7 @@ async def test_5_3_step_1_resume_that_failed_once_needs_another_table(
     first, second = await lab.resume_refused(), await lab.resume_refused()
     assert (first.errno, first.reason) == (errnos.EBUSY, f"cache: {NOT_CLEAN}")
     assert (second.errno, second.reason) == (errnos.EINVAL, f"cache: {RELOAD}")
-    # Where the kernel leaves the device suspended, the table before goes on.
+    # The kernel leaves the device suspended. Here the old table continues.
     assert lab.device.state is State.ACTIVE
     assert await lab.read(A) == b"w" * BLOCK
     await lab.reload(DIRTY_BUSY)
@@ -133,7 +133,7 @@ async def test_5_3_step_2_passthrough_after_an_unclean_shutdown(
     )
     with pytest.raises(TableError, match="does not exist"):
         lab.registry.get("c")
-    # The way out: a table that cleans, then.
+    # A table that cleans first solves it.
     await lab.create("0 cleaner 0")
     await lab.pass_time(3)
     await lab.recreate(PASSTHROUGH)
@@ -143,7 +143,7 @@ async def test_5_3_step_2_passthrough_after_an_unclean_shutdown(
 async def test_5_3_step_2_passthrough_after_a_crash_in_writethrough(
     lab: CacheLab,
 ) -> None:
-    """Ours: nothing is dirty then, and the metadata say so; the kernel refuses this, too."""
+    """No block is dirty then, and the metadata say so. The kernel refuses this, too."""
     await lab.create(WRITETHROUGH)
     await lab.message(f"warm {A}")
     await lab.pass_time(2)
@@ -180,7 +180,7 @@ async def test_5_3_step_3_grown_cache_device_needs_a_reload(lab: CacheLab) -> No
 async def test_5_3_step_3_shrunken_cache_device_with_a_dirty_block_cut_off(
     lab: CacheLab,
 ) -> None:
-    """Refused, and nothing else: to the kernel it is a failure, and needs a check."""
+    """The resume is refused, and nothing else happens. In the kernel it is a failure that needs a check."""
     await lab.create(DIRTY_BUSY)
     await lab.fill(range(8))
     await lab.suspend()
@@ -373,7 +373,7 @@ async def test_5_3_refused_table_costs_nothing_that_is_flushed_afterwards(
 
 
 async def test_5_3_dirty_log_tells_what_is_dirty_after_a_crash(lab: CacheLab) -> None:
-    """Ours: a cache whose blocks are all clean may enter passthrough, whatever happened."""
+    """A feature of ours: a cache whose blocks are all clean may enter passthrough, also after a crash."""
     await lab.create(f"2 writeback dirty_log smq {BUSY}")
     await lab.message(f"warm {A}")
     await lab.pass_time(2)
@@ -391,7 +391,7 @@ async def test_5_3_dirty_log_tells_what_is_dirty_after_a_crash(lab: CacheLab) ->
 
 
 async def test_5_3_clean_shutdown_is_cleared_before_the_first_io(lab: CacheLab) -> None:
-    """In resume: the kernel clears it when it opens, and again only with some later commit."""
+    """It is cleared in resume. The kernel clears it when it opens the metadata, and again only with a later commit."""
     await lab.create(DIRTY_BUSY)
     for _ in range(2):
         assert not (await lab.recorded()).is_recorded_clean
@@ -402,7 +402,7 @@ async def test_5_3_clean_shutdown_is_cleared_before_the_first_io(lab: CacheLab) 
 
 
 async def test_5_3_refused_activation_leaves_the_flag(lab: CacheLab) -> None:
-    """The kernel's has been cleared by then: the next activation takes all for dirty."""
+    """The kernel has cleared the flag by then, so its next activation takes all blocks for dirty."""
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean([A])
     await lab.fill([B])

@@ -40,7 +40,7 @@ async def test_5_4_clean_start_has_the_stored_dirty_bits(lab: CacheLab) -> None:
 async def test_5_4_unclean_start_has_every_mapping_dirty(
     lab: CacheLab, mode: str, nr_dirty: int
 ) -> None:
-    """Not ours in writethrough, whose mappings are given up: the origin has everything."""
+    """Writethrough is an exception: its mappings are given up, because the origin has everything."""
     await lab.create(f"1 {mode} smq {BUSY}")
     await lab.message(f"warm {A}-{B + 1}")
     await lab.pass_time(2)

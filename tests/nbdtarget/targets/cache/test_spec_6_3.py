@@ -120,7 +120,7 @@ async def test_6_3_unmapped_blocks_in_a_range_are_fine(lab: CacheLab) -> None:
 
 
 async def test_6_3_number_above_32_bits_is_refused(lab: CacheLab) -> None:
-    """Where the kernel cuts it off, so that 4294967296 is 0."""
+    """The kernel cuts the number off, so that 4294967296 is 0."""
     await full_passthrough(lab)
     assert await wrong(lab, "invalidate_cblocks 4294967296") == errnos.EINVAL
     assert await lab.used() == 8

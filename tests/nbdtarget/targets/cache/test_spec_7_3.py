@@ -34,7 +34,7 @@ async def test_7_3_the_rest_is_durable_with_a_clean_sync_only(lab: CacheLab) -> 
 async def test_7_3_counters_after_a_crash_are_those_of_the_last_commit(
     lab: CacheLab,
 ) -> None:
-    """The kernel's are those of the last clean sync."""
+    """The kernel's counters are those of the last clean sync."""
     await lab.create(DIRTY_BUSY)
     await lab.device.read(A * BLOCK, 512)
     await lab.write(B)
@@ -48,7 +48,7 @@ async def test_7_3_counters_after_a_crash_are_those_of_the_last_commit(
 async def test_7_3_crash_in_writethrough_leaves_nothing_dirty_and_nothing_cached(
     lab: CacheLab,
 ) -> None:
-    """To the kernel all are dirty then. The origin has everything, and may have been used alone."""
+    """To the kernel all blocks are dirty then. Here the origin has everything, and may have been used alone."""
     for words in (
         f"1 writethrough smq {BUSY}",
         f"2 writethrough dirty_log smq {BUSY}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache does when its disks fail: who counts, who is told, what may go on."""
+"""A cache whose disks fail: which copy counts, which clients are told, and which requests still work."""
 
 import asyncio
 import errno as errnos
@@ -26,7 +26,7 @@ async def start_fails(lab: CacheLab) -> None:
 async def test_read_only_cache_takes_no_write_while_its_stop_stays_recorded(
     lab: CacheLab,
 ) -> None:
-    # Else the next start finds disks that have changed while nobody used them. And
+    # Otherwise the next start would find disks that changed after the recorded stop. And
     # it would fill the discarded block with zeroes as soon as that is promoted.
     await lab.create(DIRTY_BUSY)
     discard = lab.submit(OP_DISCARD, 5 * BLOCK, BLOCK)
@@ -97,7 +97,7 @@ async def test_origin_that_lost_nothing_of_ours_leaves_the_cache_as_it_is(
 async def test_origin_that_could_not_be_flushed_is_not_sampled_at_a_stop(
     lab: CacheLab,
 ) -> None:
-    """What is read of it may be a DISCARD's, and a power cut takes it back: the next start would refuse the disk."""
+    """A sample may contain the zeroes of a DISCARD that a power cut undoes. The next start would then refuse the disk."""
     await lab.create()
     await lab.device.flush()
     lab.fail("o", OP_FLUSH)

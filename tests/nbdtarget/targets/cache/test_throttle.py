@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How migrations are kept together, and apart, while clients hit."""
+"""How migrations are done in bursts with pauses while clients hit."""
 
 from nbdtarget.targets.cache.throttle import (
     BURST,

@@ -120,7 +120,7 @@ async def test_a_stop_in_the_middle_waits_for_what_is_under_way_and_records_it(
 
 @pytest.mark.parametrize("side", ["read", "write"])
 async def test_a_bad_sector_costs_its_own_region(rig: BulkRig, side: str) -> None:
-    """It is tried again by halves, and later once more."""
+    """A range with a bad sector is tried again by halves, and later once more."""
     bad = 3 * REGION
     errors = rig.lending.errors if side == "read" else rig.written.errors
     errors[bad] = errno.EIO if side == "read" else errno.ENOSPC
@@ -136,7 +136,7 @@ async def test_a_bad_sector_costs_its_own_region(rig: BulkRig, side: str) -> Non
 
 
 async def test_a_server_that_leaves_and_comes_back(rig: BulkRig) -> None:
-    """What was read when it left is copied again, and nothing of it counts as hydrated."""
+    """The regions that were being read when the server left are copied again, and none of them counts as hydrated."""
     rig.lending.gate.clear()
     await rig.start()
     await settle()

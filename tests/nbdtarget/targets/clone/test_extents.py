@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone says about its extents, and about where hydration stands."""
+"""A clone describes its extents, and the state of hydration."""
 
 import errno as errnos
 import random
@@ -205,7 +205,7 @@ async def test_hydration_goes_from_not_to_now_to_hydrated(rig: Rig) -> None:
     waiting = rig.bio(OP_WRITE, REGION, 2 * REGION)
     rig.destination.hold = True
     overwrite = rig.bio(OP_WRITE, 4 * REGION, 2 * REGION)
-    # Who waits for a region does nothing to it yet.
+    # A write that waits for a region does not change its state yet.
     assert await by_region(rig) == [NOT, NOW, NOT, NOT, NOW, NOW, NOT, NOT]
     rig.source.let_go()
     rig.destination.let_go()

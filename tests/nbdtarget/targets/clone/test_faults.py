@@ -3,7 +3,7 @@
 
 No randomness in what fails: the workload runs clean once to be counted, then once for each
 N. Whatever fails, what a FLUSH or FUA acknowledged is there after the power cut, the rest is
-old or new, the source is untouched, and nobody waits for ever.
+old or new, the source is untouched, and no request waits for ever.
 """
 
 import asyncio

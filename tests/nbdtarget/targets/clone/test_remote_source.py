@@ -224,7 +224,7 @@ async def test_replaced_source_stops_the_copy_and_nothing_is_mixed(
         assert [each.health.state.value for each in below] == ["lost"]
         await until(device, "regions_hydrating", 0)
         asked = len(server.noted)
-        # What it has, it keeps; what it has not cannot be read.
+        # Copied regions can be read, and the others cannot.
         assert await copied(device) >= done
         good = await readable(device)
         assert len(good) == await copied(device) < NR_REGIONS

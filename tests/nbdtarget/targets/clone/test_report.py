@@ -43,7 +43,7 @@ async def tail(rig: Rig) -> str:
 async def test_our_words_show_only_when_set(words: str, line: str) -> None:
     rig = await Rig(words=f"8 {words}").start()
     assert await tail(rig) == line
-    # What it prints can be given to the constructor again.
+    # The words that the status prints can be given to the constructor again.
     again = await Rig(words=f"8 {line.removesuffix(' rw')}").start()
     assert await tail(again) == line
     assert rig.target.table_words() == f"m d s 8 {words}"

@@ -133,7 +133,7 @@ def submit(rig: Rig, row: Row) -> Bio:
 
 
 def asked(rig: Rig, flags: dict[int, int]) -> tuple[str, ...]:
-    """What the data devices have been asked for, FUA noted."""
+    """Return the operations that the data devices were sent, with FUA."""
     ops = []
     for nr, (device, op, _, _) in enumerate(rig.log):
         if device != "m":

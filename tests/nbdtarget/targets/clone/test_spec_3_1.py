@@ -28,7 +28,7 @@ async def rig() -> Rig:
 
 
 async def generation(rig: Rig) -> int:
-    """What is on the metadata device, whatever the target thinks."""
+    """Return the generation on the metadata device, read from there and not from the target."""
     found = await metadata_io.run(
         rig.metadata.device, read_superblock(CLONE, rig.metadata.size)
     )

@@ -63,7 +63,7 @@ def test_options(words: str, options: Options) -> None:
 
 
 def test_our_own_words_are_not_counted_among_the_kernels() -> None:
-    """What the kernel admits may have all of ours added."""
+    """A line with all words that the kernel admits may have all of ours as well."""
     words = (
         "5 no_hydration then_linear no_discard_passdown hydrate_on_read THEN_LINEAR"
         " 8 hydration_threshold 2 hydration_batch_size 3 hydration_rate 4"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `map` decides, device by device."""
+"""Decisions of `map`, with the requests to each device."""
 
 import asyncio
 import errno as errnos

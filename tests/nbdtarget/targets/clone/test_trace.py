@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients read first is recorded, and hydrated first the next time."""
+"""The first reads of clients are recorded, and these regions are hydrated first the next time."""
 
 import random
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_trace_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neighbours_of_one_time_are_joined() -> None:
     ranges = [(MIB, MIB + 64 * KIB), (0, 64 * KIB), (MIB + 128 * KIB, MIB + 192 * KIB)]
     assert grouped(ranges) == [(0, 64 * KIB), (MIB, MIB + 192 * KIB)]
-    # Far apart in time: the order stays.
+    # The reads are far apart in time, so the order stays.
     ranges = [(9 * MIB, 18 * MIB), (0, 64 * KIB)]
     assert grouped(ranges) == ranges
 

@@ -78,7 +78,7 @@ class Logged:
         return (await self.device.status())[0][3]
 
     async def entries(self) -> list[str]:
-        """What the superblock vouches for: "write 3 w", "flush", "mark x", …"""
+        """Return the entries that the superblock vouches for: "write 3 w", "flush", "mark x", …"""
         await settle()
         return read_log(await self.disks.image("/log"))
 
