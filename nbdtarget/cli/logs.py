@@ -109,7 +109,7 @@ class LogHandler(logging.Handler):
 
 
 class Plain(logging.Formatter):
-    """Lines for people."""
+    """Formats lines for people."""
 
     def __init__(self) -> None:
         super().__init__("nbdtarget: %(message)s")

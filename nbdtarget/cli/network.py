@@ -78,7 +78,7 @@ class Network(NamedTuple):
     access: list[str] | None = None
 
     def options(self) -> "SecurityOptions":
-        """As the server wants them."""
+        """Return the options in the form that the server takes."""
         from nbdtarget.daemon.security import SecurityOptions
         from nbdtarget.server.tls import TlsOptions
 

@@ -123,7 +123,7 @@ class PageServer:
         return f"http://127.0.0.1:{listener.getsockname()[1]}/#token={token}"
 
     async def serve(self) -> None:
-        """Until it is cancelled."""
+        """Serve until the task is cancelled."""
         assert self._server is not None
         await self._server.serve_forever()
 

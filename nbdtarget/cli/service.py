@@ -131,7 +131,7 @@ class Service(NamedTuple):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """For NBD clients."""
+        """The addresses for NBD clients."""
         return tuple(self.listen or ())
 
     def sockets(self) -> "SocketOptions":

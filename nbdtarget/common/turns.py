@@ -153,7 +153,7 @@ class Tasks:
         return len(self._running)
 
     def __iter__(self) -> Iterator["asyncio.Task[Any]"]:
-        """Those that are running now."""
+        """Iterate over the tasks that are running now."""
         return iter(tuple(self._running))
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":

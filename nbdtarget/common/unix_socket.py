@@ -54,7 +54,7 @@ class SocketAccess(NamedTuple):
     def of(
         cls, mode: str | None, owner: str | None, group: str | None
     ) -> "SocketAccess":
-        """From what a user wrote: `mode` in octal. Raises: NbdTargetError."""
+        """Return the access that a user has written, with `mode` in octal. Raises: NbdTargetError."""
         number = PRIVATE_MODE
         if mode is not None:
             digits = mode.removeprefix("0o")
@@ -98,7 +98,7 @@ class SocketOptions(NamedTuple):
     control_group: str | None = None
 
     def or_else(self, other: "SocketOptions") -> "SocketOptions":
-        """Where this one says nothing, what the other one says."""
+        """Return these options, with the values of `other` where this one has none."""
         pairs = zip(self, other, strict=True)
         return SocketOptions(*(a if a is not None else b for a, b in pairs))
 

@@ -170,7 +170,7 @@ class ConfiguredDevices:
         )
 
     def _opened(self, opening: Opening) -> None:
-        """Nothing is left to try: what stands on the device need not wait any longer."""
+        """Forget an opening that has ended. Devices that stand on this device need not wait any longer."""
         name = opening.device.name
         if self._openings.get(name) is opening:
             del self._openings[name]

@@ -83,7 +83,7 @@ class DeviceState(Protocol):
 
 
 class _NoState:
-    """Of a server that was not told where to keep devices."""
+    """The state of a server that was not told where to keep devices."""
 
     async def keep(self, device: MappedDevice) -> None:
         raise TableError(
@@ -93,7 +93,7 @@ class _NoState:
         )
 
     async def save(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: this server keeps no devices."""
 
 
 class Verbs:

@@ -87,7 +87,7 @@ class ClientCommand:
 
     @property
     def status(self) -> int | None:
-        """Its exit status, as a shell tells it; None: it has not ended."""
+        """The exit status of the command, as a shell tells it; None: the command has not ended."""
         code = None if self._process is None else self._process.returncode
         if code is None:
             return None

@@ -25,17 +25,17 @@ class StopBounds(NamedTuple):
 
     @property
     def requests_s(self) -> float:
-        """When reads of what hangs are given up."""
+        """The time after which reads of devices that hang are given up."""
         total_s = self.total_s
         return REQUESTS_S_MAX if total_s is None else min(REQUESTS_S_MAX, total_s / 6)
 
     @property
     def connections_s(self) -> float:
-        """When the connections that are left are closed: clients have had their EIO by then."""
+        """The time after which the connections that are left are closed. Clients have had their EIO by then."""
         return self.requests_s * 1.1
 
     @property
     def devices_s(self) -> float | None:
-        """When devices that do not answer are not waited for any more."""
+        """The time after which devices that do not answer are not waited for any more."""
         total_s = self.total_s
         return None if total_s is None else min(DEVICES_S_MAX, total_s / 2)

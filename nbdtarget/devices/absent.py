@@ -24,4 +24,4 @@ class AbsentDevice(Device):
         bio.end(0 if bio.op == OP_FLUSH else errnos.ENXIO)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""

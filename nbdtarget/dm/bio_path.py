@@ -115,7 +115,7 @@ class BioPath:
     # ---- states ----
 
     def stop(self) -> None:
-        """From now on bios are queued."""
+        """Queue bios from now on."""
         self.state = State.SUSPENDING
         self.is_flushed = False
         self.running.clear()
@@ -129,7 +129,7 @@ class BioPath:
         self.state = State.SUSPENDED
 
     def let_go(self) -> None:
-        """From now on bios are mapped, first those that were queued."""
+        """Map bios from now on, first those that were queued."""
         self.state = State.ACTIVE
         self.running.set()
         self.fast_path.update()

@@ -142,12 +142,12 @@ class MappedDevice(AnswersQuestions):
 
     @property
     def limits(self) -> QueueLimits:
-        """Those of the live table."""
+        """The limits of the live table."""
         return self._limits
 
     @property
     def losses(self) -> int:
-        """Its own, and those below; see `nbdtarget.dm.below`."""
+        """The number of losses of the device itself and of those below; see `nbdtarget.dm.below`."""
         return self.health.losses + self._below.losses
 
     def devices_below(self) -> list[Device]:
@@ -167,14 +167,14 @@ class MappedDevice(AnswersQuestions):
 
     @property
     def is_rotational(self) -> bool:
-        """As in the kernel: whether any part of the live table is; unless it was set by command."""
+        """Whether any part of the live table has to seek, as in the kernel, unless this was set by command."""
         if self.said_rotational is not None:
             return self.said_rotational
         targets = () if self.active is None else self.active.targets
         return any(target.is_rotational for target in targets)
 
     def put(self) -> None:
-        """One opener less."""
+        """Count one opener less."""
         assert self.open_count > 0
         self.open_count -= 1
         if self.deferred_remove and not self.open_count:

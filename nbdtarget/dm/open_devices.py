@@ -155,7 +155,7 @@ class _Open:
 
     @property
     def uses_of_disk(self) -> list[_Use]:
-        """Those of every opening of the same disk."""
+        """Return the uses of every opening of the same disk."""
         return self.uses + ([] if self.before is None else self.before.uses_of_disk)
 
     async def has_left_its_size(self) -> bool:

@@ -102,7 +102,7 @@ class AnswersQuestions(HasFastPath):
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """Those of every target of the live table; the others say 0 for their ranges."""
+        """The contexts of every target of the live table. Targets without a context have the flags 0 in it."""
         if self.active is None:
             return ()
         names = (name for target in self.active.targets for name in target.contexts)

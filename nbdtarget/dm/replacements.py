@@ -34,7 +34,7 @@ class _Registry(MappedDevices, Protocol):
 
 
 class Replacements:
-    """Those that are under way. See the module head."""
+    """The replacements that are under way. See the module head."""
 
     def __init__(self, registry: _Registry) -> None:
         self._registry = registry

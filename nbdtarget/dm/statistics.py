@@ -147,7 +147,7 @@ class _Area:
         self.histogram = list(state.histogram)
 
     def words(self, unit_ns: int) -> str:
-        """As `@stats_print` prints them, after the range."""
+        """Return the counters as `@stats_print` prints them, after the range."""
         counters: list[int] = []
         for way in (_READ, _WRITE):
             taken = self.taken_ns[way] // unit_ns
@@ -203,7 +203,7 @@ class _Region:
             at = stop
 
     def line(self, number: int) -> str:
-        """As `@stats_list` has it."""
+        """Return the region as a line of `@stats_list`."""
         words = [
             f"{number}: {self.start}+{self.end - self.start} {self.step}",
             self.program or "-",

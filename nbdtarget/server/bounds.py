@@ -73,5 +73,5 @@ class BoundsMet:
         )
 
     def met(self, name: str) -> None:
-        """Once more."""
+        """Count that the bound `name` was met once more."""
         self.counts[name] += 1

@@ -230,7 +230,7 @@ class Connection:
 
     @property
     def fileno(self) -> int:
-        """Of the socket."""
+        """Return the descriptor of the socket."""
         return self._watch.fd
 
     def take_over(self, moved: ConnectionState) -> None:

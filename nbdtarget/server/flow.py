@@ -149,13 +149,13 @@ class Flow:
     # ---- what is in flight ----
 
     def begin_request(self, nr_bytes: int) -> None:
-        """One more request is in flight, with so many bytes of memory."""
+        """Count one more request in flight, with its bytes of memory."""
         self.nr_requests += 1
         self.nr_bytes += nr_bytes
         self._budget.take(1, nr_bytes)
 
     def end_request(self) -> None:
-        """A request is in flight no longer; its bytes are, until `give_back`."""
+        """Count a request as no longer in flight. Its bytes stay in flight until `give_back`."""
         self.nr_requests -= 1
         self._budget.give_back(1, 0)
 
@@ -174,19 +174,19 @@ class Flow:
         )
 
     def begin_requests(self, nr: int, nr_bytes: int) -> None:
-        """So many requests more are in flight, with so many bytes of memory in all."""
+        """Count `nr` more requests in flight, with `nr_bytes` bytes of memory in all."""
         self.nr_requests += nr
         self.nr_bytes += nr_bytes
         self._budget.take(nr, nr_bytes)
 
     def end_requests(self, nr: int, nr_bytes: int) -> None:
-        """So many requests are in flight no longer, nor are these bytes."""
+        """Count `nr` requests, and their bytes, as no longer in flight."""
         self.nr_requests -= nr
         self.nr_bytes -= nr_bytes
         self._budget.give_back(nr, nr_bytes)
 
     def take(self, nr_bytes: int) -> None:
-        """So many bytes of memory more are in flight."""
+        """Count more bytes of memory in flight."""
         self.nr_bytes += nr_bytes
         self._budget.take(0, nr_bytes)
 
@@ -198,7 +198,7 @@ class Flow:
         return True
 
     def end_growth(self, writer: object, nr_bytes: int) -> None:
-        """That WRITE is received, or never will be. Its bytes are in flight until `give_back`."""
+        """End the growth of a WRITE, which was received or never will be. Its bytes are in flight until `give_back`."""
         self._budget.end_growth(writer, nr_bytes)
 
     def give_back(self, nr_bytes: int, buffer: Buffer | None) -> None:
@@ -262,7 +262,7 @@ class Flow:
         self._pause()
 
     def run(self) -> None:
-        """No bound is met any more."""
+        """Go on, because no bound is met any more."""
         self._state = RUNNING
         self.is_paused = False
 
@@ -304,6 +304,6 @@ class Flow:
         self._turns.ask(self._resume)
 
     def end_turn(self) -> None:
-        """Nothing more is served in this turn: the next one has a share of its own."""
+        """End the connection's share of this turn: the next turn has a share of its own."""
         self.is_counting = False
         self._turn_left, self._turn_end_ns = self._limits.turn_bytes_max, 0

@@ -118,7 +118,7 @@ class InFlight:
         self._bios.add(bio)
 
     def writes(self) -> Iterator[tuple[Bio, int, int]]:
-        """Each with the offset and length that the client asked for."""
+        """Yield each write in flight, with the offset and length that the client asked for."""
         for bio in self._bios:
             request = bio.private
             assert isinstance(request, Request)

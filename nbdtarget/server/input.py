@@ -205,12 +205,12 @@ class Input:
         return bool(magic == self._magic and command == CMD_DISC)
 
     def close(self) -> LargeWrite | None:
-        """Nothing is received any more. Return the WRITE whose payload was being received, if there is one."""
+        """Stop receiving. Return the WRITE whose payload was being received, if there is one."""
         large, self.large = self.large, None
         return large
 
     def release(self) -> None:
-        """Nothing is in flight any more: give the memory of the buffer back."""
+        """Give the memory of the buffer back, when nothing is in flight any more."""
         self.buffer = bytearray()
         self.view = memoryview(self.buffer)
 

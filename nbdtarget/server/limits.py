@@ -193,7 +193,7 @@ class Budget:
         return self._requests_max - self.nr_requests, self._bytes_max - self.nr_bytes
 
     def take(self, nr_requests: int, nr_bytes: int) -> None:
-        """So many requests and bytes more are in flight."""
+        """Count more requests and bytes in flight."""
         self.nr_requests += nr_requests
         self.nr_bytes += nr_bytes
 
@@ -226,7 +226,7 @@ class Budget:
         self._waiters.remove(wake)
 
     def give_back(self, nr_requests: int, nr_bytes: int) -> None:
-        """So many requests and bytes are in flight no longer. Calls all that wait, in the order of waiting."""
+        """Count requests and bytes as no longer in flight. Calls all that wait, in the order of waiting."""
         self.nr_requests -= nr_requests
         self.nr_bytes -= nr_bytes
         assert self.nr_requests >= 0

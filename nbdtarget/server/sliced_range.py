@@ -60,7 +60,7 @@ class Pace:
         self._held_ns = 0
 
     def begin(self) -> None:
-        """A slice begins."""
+        """Note that a slice begins."""
         self._begun_ns = self._clock.now_ns()
         self._held_ns = 0
 

@@ -108,7 +108,7 @@ class Stalls:
             )
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the timers."""
         self._is_closed = True
         for timer in (self._starved_timer, self._look_timer):
             if timer is not None:

@@ -306,18 +306,18 @@ class Target:
         return None
 
     def maybe_remap(self) -> tuple[Device, int] | None:
-        """Where every READ and WRITE goes, if that is always one device; and what `map` adds to
-        its offset. A mapped device may then leave `map` out."""
+        """Return the device of every READ and WRITE, if it is always the same one, and the number that `map` adds to
+        its offset; otherwise None. A mapped device may then leave `map` out."""
         return None
 
     def iterate_devices(self) -> Iterable[Device]:
-        """The devices below."""
+        """Return the devices below."""
         return ()
 
     def data_devices(self) -> Iterable[Device]:
-        """Those of `iterate_devices` that hold what clients have written.
+        """Return those of `iterate_devices` that hold data written by clients.
 
-        What another one loses is not theirs: the target itself sees to its metadata.
+        The losses of the others are not told to clients: the target itself takes care of its metadata.
         """
         return self.iterate_devices()
 
@@ -338,5 +338,5 @@ class Target:
         return False
 
     def exclusive_devices(self) -> Iterable[Device]:
-        """Those that no other target of the same table may count among its exclusive ones."""
+        """Return the devices that no other target of the same table may have among its exclusive ones."""
         return ()

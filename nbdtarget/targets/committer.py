@@ -224,7 +224,7 @@ class Committer:
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing of ours is in flight, or will begin by itself."""
+        """Whether no I/O of the committer is in flight, and none will begin by itself."""
         return self._timer is None and not len(self._tasks)
 
     def note_change(self) -> None:

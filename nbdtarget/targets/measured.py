@@ -27,7 +27,7 @@ def target_attributes(target: Target, pairs: Iterable[tuple[str, object]]) -> st
 
 
 def yes_or_no(is_so: bool) -> str:
-    """As the kernel writes it."""
+    """Return the word as the kernel writes it."""
     return "y" if is_so else "n"
 
 

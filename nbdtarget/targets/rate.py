@@ -32,7 +32,7 @@ class Rate:
         return self._bytes_per_s
 
     def set(self, bytes_per_s: int) -> None:
-        """From now on; what was charged at the old rate is forgiven."""
+        """Use this rate from now on, and forget the bytes that were charged at the old one."""
         self._bytes_per_s = bytes_per_s
         self._paid_ns = 0
 
@@ -45,7 +45,7 @@ class Rate:
 
     @property
     def ready_ns(self) -> int:
-        """When the next job may start (Clock.now_ns); past times mean now."""
+        """The time at which the next job may start (Clock.now_ns); past times mean now."""
         return self._paid_ns
 
     def charge(self, length: int) -> None:

@@ -120,7 +120,7 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
-    """Of a clone."""
+    """Facts about a clone's metadata."""
 
     region_size: int
     target_size: int
@@ -137,7 +137,7 @@ class CloneInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
 
 
 class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
-    """Of a cache. `nr_dirty`: None without a clean shutdown: then it takes the mappings to tell.
+    """Facts about a cache's metadata. `nr_dirty`: None without a clean shutdown, because only the mappings tell it then.
 
     `gives_up_mappings`: it ended in a crash, and the origin has everything: none is dirty.
     """
@@ -299,7 +299,7 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
-    """Of a clone."""
+    """The result of a check of a clone's metadata."""
 
     nr_regions: int | None
     nr_hydrated: int | None
@@ -311,7 +311,7 @@ class CloneCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
 
 
 class CacheCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
-    """Of a cache; `nr_dirty` as in `CacheInfoAnswer`."""
+    """The result of a check of a cache's metadata; `nr_dirty` as in `CacheInfoAnswer`."""
 
     clean_shutdown: bool | None
     nr_cblocks: int | None
@@ -408,7 +408,7 @@ class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneRestoreAnswer(RestoreAnswer, frozen=True, kw_only=True):
-    """Of a clone."""
+    """The result of a restore of a clone's metadata."""
 
     nr_regions: int
     nr_hydrated: int
@@ -418,7 +418,7 @@ class CloneRestoreAnswer(RestoreAnswer, frozen=True, kw_only=True):
 
 
 class CacheRestoreAnswer(RestoreAnswer, frozen=True, kw_only=True):
-    """Of a cache. `nr_doubtful` of the mapped blocks may hold other origin blocks by now."""
+    """The result of a restore of a cache's metadata. `nr_doubtful` of the mapped blocks may hold other origin blocks by now."""
 
     nr_cblocks: int
     nr_mapped: int

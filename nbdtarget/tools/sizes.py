@@ -56,13 +56,13 @@ class SizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
-    """Of a clone."""
+    """The sizes of a clone's metadata."""
 
     nr_regions: int
 
 
 class CacheSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
-    """Of a cache."""
+    """The sizes of a cache's metadata."""
 
     nr_cblocks: int
 

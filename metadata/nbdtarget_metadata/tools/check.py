@@ -247,7 +247,7 @@ def _gaps(checks: KindChecks[S], superblock: S, device_size: int) -> Steps[list[
             gaps.append([block, block + 1])
 
     def intact(placed: Placed[Any]) -> None:
-        """Nothing to say."""
+        """Do nothing: an intact record is not reported."""
 
     for begin, last in checks.live(superblock):
         end = min(last, device_size // BLOCK_SIZE)

@@ -27,7 +27,7 @@ JSON_PERIOD_S: Final = 1.0
 
 
 def describe_status(status: CacheStatus) -> str:
-    """One short line."""
+    """Return the status as one short line."""
     percent = 100 * status.used_blocks // max(1, status.total_blocks)
     hits = "-" if status.hit_ratio is None else f"{100 * status.hit_ratio:.1f} %"
     return (
@@ -38,7 +38,7 @@ def describe_status(status: CacheStatus) -> str:
 
 
 class Reporter:
-    """In words."""
+    """Reports in words."""
 
     def __init__(self, options: CacheOptions, display: Display) -> None:
         self.options = options

@@ -18,7 +18,7 @@ __all__ = ["JsonReporter", "Reporter", "clone_reporter"]
 
 
 class Reporter:
-    """In words."""
+    """Reports in words."""
 
     def __init__(self, options: CloneOptions, display: Display) -> None:
         self.options = options

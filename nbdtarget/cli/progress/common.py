@@ -94,7 +94,7 @@ def say(text: str) -> None:
 
 
 class Display(Protocol):
-    """Where a command shows how far it is."""
+    """Shows the progress of a command."""
 
     def show(self, line: str, done: int = 0, total: int = 0) -> None:
         """Show the state in words and, if `total` is known, in bytes. A display takes what it can show."""
@@ -109,10 +109,10 @@ class Nowhere:
     """A display that shows nothing."""
 
     def show(self, line: str, done: int = 0, total: int = 0) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
     def stop(self) -> None:
-        """Nothing was shown."""
+        """Do nothing: nothing was shown."""
 
 
 class Lines:

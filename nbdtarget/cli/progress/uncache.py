@@ -13,7 +13,7 @@ LINE_PERIOD_S: Final = 5.0
 
 
 class Reporter:
-    """In words."""
+    """Reports in words."""
 
     def __init__(self, name: str, display: Display) -> None:
         self.name = name

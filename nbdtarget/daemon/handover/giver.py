@@ -61,11 +61,11 @@ class Giving(Protocol):
         ...
 
     def parking(self) -> Parking:
-        """The devices."""
+        """Return the parking of the devices."""
         ...
 
     def moved(self, parking: Parking) -> tuple[Moved, list[int]]:
-        """Everything, and the descriptors; called when all is at rest."""
+        """Return the state of the server, and its descriptors. Called when all is at rest."""
         ...
 
 

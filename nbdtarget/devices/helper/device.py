@@ -79,7 +79,7 @@ class HelperDevice(NbdDevice):
 
     @property
     def helper_pid(self) -> int | None:
-        """Of the program, while it runs."""
+        """The process id of the program, while it runs."""
         return self._source.helper.pid
 
     async def _connect_same(self) -> list[NbdConnection]:

@@ -172,7 +172,7 @@ class Helper:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs."""
+        """The process id, while a process runs."""
         return self._process.pid if self.runs and self._process is not None else None
 
     @property

@@ -34,7 +34,7 @@ class HttpUrl:
 
     @property
     def identity(self) -> Hashable:
-        """The same for each way to write this URL. A query may choose the file, so it counts."""
+        """Return the same value for each way to write this URL. A query may choose the file, so it counts."""
         parts = urlsplit(self.url)
         return ("url", origin_of(self.url), parts.path, parts.query)
 

@@ -34,7 +34,7 @@ class Credentials(msgspec.Struct, frozen=True, rename="pascal"):
         return f"<Credentials until {self.expiration}>"
 
     def as_obstore(self) -> dict[str, Any]:
-        """As obstore wants them of a provider."""
+        """Return the credentials in the form that obstore takes from a provider."""
         return {
             "access_key_id": self.access_key_id,
             "secret_access_key": self.secret_access_key,

@@ -46,7 +46,7 @@ class ObjectUrl:
 
     @property
     def identity(self) -> Hashable:
-        """The same for each way to write this URL."""
+        """Return the same value for each way to write this URL."""
         said = self.options.said
         where = tuple(said.get(key, "") for key in ("endpoint", "account", "version"))
         return ("url", self.scheme, self.bucket, self.key, where)

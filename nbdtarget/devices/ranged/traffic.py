@@ -45,14 +45,14 @@ class Traffic:
         return self._away_s + self._gone_s()
 
     def went_away(self) -> bool:
-        """It does not answer; returns whether that is news."""
+        """Note that the server does not answer. Returns whether that is news."""
         if self.away_since_s:
             return False
         self.away_since_s = wall_clock_s()
         return True
 
     def came_back(self) -> bool:
-        """It answers; returns whether that is news."""
+        """Note that the server answers. Returns whether that is news."""
         if not self.away_since_s:
             return False
         self._away_s += self._gone_s()

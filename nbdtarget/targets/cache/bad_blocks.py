@@ -177,4 +177,4 @@ class BadBlocks:
 
 
 def _ignore(_: int) -> None:
-    """Nothing waits for the result."""
+    """Ignore the result, for which no caller waits."""

@@ -300,4 +300,4 @@ class CachedWrites:
 
 
 def _ignore(_: int) -> None:
-    """Nothing waits for the result."""
+    """Ignore the result, for which no caller waits."""

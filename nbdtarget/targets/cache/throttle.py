@@ -42,7 +42,7 @@ class Throttle:
 
     @property
     def ready_ns(self) -> int:
-        """When the next migration may start (Clock.now_ns); past times mean now."""
+        """The time at which the next migration may start (Clock.now_ns); past times mean now."""
         now_ns = self._clock.now_ns()
         if now_ns - self._looked_ns >= _LOOK_NS:
             self._look(now_ns)
