@@ -30,7 +30,7 @@ The server runs with bounds that let so many clients in at all; its times are sh
 (`TIMES`). The exit status is 1 if a stalled client was not closed in time, or a descriptor stays open. With `--no-end` a run is over after
 the phase `stalled`, which takes half a minute on an idle machine; no staller is disconnected before.
 
-What is resident in the end is more than before: Python's own allocator keeps pages that a small object holds, and libraries have been
+More memory is resident in the end than before: Python's own allocator keeps pages that a small object holds, and libraries have been
 loaded. A second wave of such clients adds nothing to it.
 """
 

@@ -14,8 +14,8 @@ There are five kinds of rounds, one after the other: `Plane.turn` is called; the
 (`fuzz_fast_receiver.py`); several servers answer the READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`); files are
 synced (`fuzz_fast_syncs.py`); and `Plane.turn` is called for a peer that talks in TLS (`fuzz_fast_tls.py`).
 
-What counts as a message: what the compiled code has taken, served or left to Python; a READ of a copy that was answered; a sync. What was sent and
-dropped behind a broken message does not count.
+Messages that count: a request that the compiled code has taken, served or left to Python; a READ of a copy that was answered; a sync. Bytes sent and
+dropped behind a broken message do not count.
 
 The first memory error ends the run with AddressSanitizer's report; so does a wrong reply, with the seed
 of its round and the command that repeats it. `--plain` leaves the sanitizer out.

@@ -12,7 +12,7 @@ __all__ = ["TlsRound"]
 
 
 class TlsRound(Round):
-    """A `Round` in TLS. What is sealed has to leave, so no reply is forgotten here."""
+    """A `Round` in TLS. A record that is sealed has to be sent, so no reply is forgotten here."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.queue: list[bytes] = []  # replies of reads in the ring that wait

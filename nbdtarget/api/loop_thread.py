@@ -2,7 +2,7 @@
 """`LoopThread`: an event loop in a thread of its own, for servers inside of programs that do something else.
 
 Theory of operation. A server must answer while the program that started it waits: for a child process that uses
-the disk, for example. So it never runs on the program's own loop. What the program asks for becomes a task of the thread's
+the disk, for example. So it never runs on the program's own loop. A request of the program becomes a task of the thread's
 loop, and the program waits for the task's result, with `await` or without.
 
 The thread is a daemon thread. A program that ends without `close` is not kept from ending; for the disks that is

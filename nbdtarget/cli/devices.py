@@ -118,7 +118,7 @@ def remove(
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
-    """Remove devices that are not in use. What they have written is committed first.
+    """Remove devices that are not in use. Their writes are committed first.
 
     The disks and files below a device stay as they are.
     """

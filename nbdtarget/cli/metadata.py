@@ -416,7 +416,7 @@ def repair(
 ) -> int:
     """Save what is left of damaged metadata in another file.
 
-    What is lost is named.
+    Lost regions and blocks are named.
     Only records with an intact checksum are used. If the record of a hydrated region or of a dirty block
     is lost, nothing is written unless --force is given. Blocks whose dirty bit cannot be read count
     as dirty. Afterwards, use the new file in place of the damaged one.

@@ -116,7 +116,7 @@ def reset(
 ) -> None:
     """Make scratch copies pristine again, while clients stay attached.
 
-    What was written is forgotten. A file system on the copy must not be mounted: it would not notice.
+    All written data is forgotten. A file system on the copy must not be mounted: it would not notice.
 
     Example: nbdtarget reset golden-3
     """

@@ -72,7 +72,7 @@ TearSize = Annotated[
     typer.Option(
         "--tear-size",
         metavar="512|4096",
-        help="What the disk writes in one piece: a torn write is cut at multiples of this. ext4 does not survive 512"
+        help="Bytes that the disk writes in one piece: a torn write is cut at multiples of this. ext4 does not survive 512"
         " everywhere.",
     ),
 ]

@@ -2,7 +2,7 @@
 """Time. Everything in nbdtarget that waits or measures asks a `Clock`, so that a test can
 run a whole server on a simulated one and replay it from a seed.
 
-What has no `Clock` takes its time from the functions here, and from nowhere else:
+Code without a `Clock` takes its time from the functions here, and from nowhere else:
 
     sleep, timeout, wait_within, loop_time_s
                        on the loop's time, which a simulated loop simulates

@@ -14,7 +14,7 @@ __all__ = ["HIDDEN", "has_secrets", "redacted"]
 HIDDEN: Final = "***"
 
 _SCHEMES: Final = r"(?:https?|s3|gs|az)"
-# A URL ends at a blank, a quote or a bracket. What a sentence puts behind a query (a colon, a full stop) is not part of it. An apostrophe may
+# A URL ends at a blank, a quote or a bracket. A colon or full stop behind a query belongs to the sentence. An apostrophe may
 # be a part of a password or of a query.
 _URL: Final = re.compile(
     rf"(?P<scheme>\b{_SCHEMES}://)"

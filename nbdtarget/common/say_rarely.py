@@ -18,7 +18,7 @@ class SayRarely:
         if nr := self._rarely.count():
             log.error("%s: %s (and %d more)", name, error, nr - 1)
 
-    The first line is due at once. What happens within `period_s` of a line is only counted.
+    The first line is due at once. Events within `period_s` of a line are only counted.
     """
 
     __slots__ = ("_clock", "_next_ns", "_nr_unsaid", "_period_ns")

@@ -52,7 +52,7 @@ def join_words(words: Iterable[str]) -> str:
 def printable(text: str, length_max: int) -> str:
     """Return `text` as it may stand in a log or a message: no control characters, and not longer than that.
 
-    Newlines are control characters, too. What is too long loses its middle.
+    Newlines are control characters, too. A text that is too long loses its middle.
     """
     if len(text) > length_max:
         half = length_max // 2

@@ -14,7 +14,7 @@ is shown as failed, tried again, and stays in the file. A file that is damaged e
 
 Not kept: minor numbers, inactive tables, a suspension, access rules, geometry, statistics.
 
-If the file cannot be written, the verb fails and says so. What it has done to the device stays, but for `create`, which is undone.
+If the file cannot be written, the verb fails and says so. Its change of the device stays, but for `create`, which is undone.
 """
 
 import asyncio

@@ -11,7 +11,7 @@ A handler decodes the request, calls the registry and encodes the answer; all de
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
 400 (not a request), 401 (no token), 403 (the token allows to look, or a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
 large), 415 (compressed) or 422 (refused). Without a token that allows the verb (`tokens.py`) a body is neither kept nor waited for, and a
-compressed body never is. What is left of it is dropped, for LINGER_S: if a connection is closed while bytes stand unread in it, TCP
+compressed body never is. The rest of it is dropped, for LINGER_S: if a connection is closed while bytes stand unread in it, TCP
 and unix sockets tell the client of a reset, and it may never see the answer.
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.

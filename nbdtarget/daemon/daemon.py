@@ -10,8 +10,8 @@ them in the order in which nothing is lost:
     3. the control socket goes: until here `status` still answers
 
 SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first of them
-the signals have their usual effect again: a second one ends the process at once. What is on disk then is
-what a power cut would leave: nothing acknowledged is lost.
+the signals have their usual effect again: a second one ends the process at once. The disks are then
+as a power cut would leave them: no acknowledged data is lost.
 
 One signal is enough, also if a disk or a server hangs (`nbdtarget.daemon.stop_bounds`; seconds from the signal, with the defaults):
 
@@ -21,7 +21,7 @@ One signal is enough, also if a disk or a server hangs (`nbdtarget.daemon.stop_b
          devices that hang, whatever can still be committed is committed: each device is flushed by itself
     60   the process ends. It ends sooner, as soon as no commit is under way any more
 
-What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
+Threads that hang then are not waited for: a thread in a system call on a dead mount cannot be ended, so the
 process is left by `os._exit` (`nbdtarget.daemon.process`). The exit status is 0 if everything was committed all the same.
 
 Without a configuration file, a SIGHUP that was sent on purpose makes the server read its certificates again (`_hung_up`). With a configuration file, SIGHUP makes the server read that file again (`nbdtarget.config.devices`). A SIGHUP that comes

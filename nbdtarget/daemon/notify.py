@@ -9,7 +9,7 @@
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
     WATCHDOG=1                    we are alive, told again and again (`nbdtarget.daemon.service_reports`)
 
-Without $NOTIFY_SOCKET nothing is sent. That a message cannot be sent is logged once in a row: disks are served in any case. What changes the manager's mind
+Without $NOTIFY_SOCKET nothing is sent. That a message cannot be sent is logged once in a row: disks are served in any case. A message about the state
 (READY, RELOADING, STOPPING, MAINPID) is kept then, and sent in front of the next message, or by `retry`: a manager that was busy for a moment would wait for
 READY until it ends the service. Of signs of life and of status lines, only the next one matters.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of a server: its event loop, and whether it must be left without waiting.
 
-Python waits for tasks and for threads before it ends. What hangs in a system call would never let it
+Python waits for tasks and for threads before it ends. A thread that hangs in a system call would never let it
 end, so `Daemon` notes here what hangs, and `nbdtarget.cli.app` then leaves the process by `os._exit`.
 """
 

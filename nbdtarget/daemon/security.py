@@ -94,7 +94,7 @@ class Security:
         default: tuple[str, ...] | None,
         by_export: Mapping[str, tuple[str, ...]],
     ) -> None:
-        """Take the rules of a configuration file. What the command line says of `default` wins.
+        """Take the rules of a configuration file. The `default` rules of the command line win.
 
         Raises: NbdTargetError.
         """
@@ -112,7 +112,7 @@ class Security:
             )
 
     def reload(self) -> None:
-        """Read all certificates again, for connections to come. What is wrong is logged, and the old ones stay."""
+        """Read all certificates again, for connections to come. An error is logged, and the old certificates stay."""
         for tls in (self.tls, *self._of_listeners.values()):
             try:
                 tls.reload()

@@ -214,7 +214,7 @@ class Device:
     def give_up_reads(self) -> None:
         """End what is being read with EIO, if it may take forever: the server is to stop.
 
-        Nothing is lost by that. What is asked for afterwards may hang again, or fail for a few seconds.
+        Nothing is lost by that. Later reads may hang again, or fail for a few seconds.
         """
 
     def submit(self, bio: Bio) -> None:

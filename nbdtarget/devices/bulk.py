@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bulk copies: threads that read from one device and write to another, beside the event loop.
 
-Theory of operation. What the loop moves costs it two bios, and two hand-overs to other threads, for each chunk. A
+Theory of operation. A copy by the loop costs it two bios, and two hand-overs to other threads, for each chunk. A
 background that copies gigabytes needs none of that. So a source lends *streams*, each of which a thread may block on
 (a connection to a server, or a file), and a destination has a *writer* that any thread may call:
 
@@ -127,7 +127,7 @@ class BulkCopies:
         if self._compiled is not None:
             self._compiled.close()
             self._compiled = None
-        # Their threads end on their own. What is copied meanwhile finds other streams, or none.
+        # Their threads end on their own. A copy meanwhile uses other streams, or none.
         self._streams = []
         self._queue = SimpleQueue()
 

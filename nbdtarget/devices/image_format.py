@@ -9,7 +9,7 @@ Two formats have their mark at the end: a VHD of a fixed size (that is how Azure
 more, and a DMG begins with data. A disk that was made as one is a multiple of a MiB long almost always, and such a file with 512 bytes more is
 not. So only the end of disks of other sizes is looked at: of a remote disk this is a request more.
 
-What is found here never decides how a disk is opened. A guest can write the header of an image to its own raw disk,
+The result never decides how a disk is opened. A guest can write the header of an image to its own raw disk,
 and would be given the files of this machine that such a header may name. So there is a refusal, and no other consequence.
 
 A LUKS volume, a partition table or an ISO 9660 file system is no container: machines use all of them as raw disks.

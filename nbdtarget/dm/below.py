@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Below`: the devices on which the live table of a mapped device stands, their losses and their trouble.
 
-Losses (see `nbdtarget.devices.health`). What a mapped device has lost is its own count, in its `health`, plus what
-the devices below its live table have lost since that table became live (`Below.losses`). When a table is swapped
+Losses (see `nbdtarget.devices.health`). The losses of a mapped device are its own count, in its `health`, plus those of
+the devices below its live table since that table became live (`Below.losses`). When a table is swapped
 away, what was lost below it is added to the device's own count, so the sum neither shrinks nor jumps with a swap.
 The device's own count also goes up when a table is swapped away with writes that had ended and were not flushed: the flush
 of the suspend failed, the target says so (`has_lost_writes`), the table has failed, or `noflush` left the flush out

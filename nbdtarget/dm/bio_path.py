@@ -195,7 +195,7 @@ class BioPath:
             return
         refused = self._device.check_bounds(bio)
         if refused:
-            # Only a target above sets `device`. What it sends fitted when it was constructed, so this device
+            # Only a target above sets `device`. Its bios fitted when it was constructed, so this device
             # has shrunk since then: an error of the disk (EIO), and not of the request (EINVAL).
             is_above = getattr(bio, "device", None) is self._device
             has_shrunk = is_above and refused != errnos.EPERM

@@ -7,15 +7,15 @@ makes regions marks them with its program ID, and may note a word with each (`au
 
 A request counts once in each area that it touches, with the sectors that it has there. Discards and zeroing
 count as writes; flushes and advice do not count. A request is "merged" when it begins where the one before it ended,
-and both read, or both write. Failed requests count like others. What waits in the queue of a suspended
-device is not counted before it is let go; what a target gives back into the queue stays under way.
+and both read, or both write. Failed requests count like others. A bio that waits in the queue of a suspended
+device is not counted before it is let go; one that a target gives back into the queue stays under way.
 
 Cost. While a device has a region, its fast path is off (`nbdtarget.dm.fast_path`), and each bio takes
 one hook. Without one, nothing of this is on the way of a READ or WRITE.
 
 Memory. Areas are made when they are first touched, and there are AREAS_MAX of them in one device.
 
-Times are taken in nanoseconds. What is not `precise` tells milliseconds, the boundaries of its histogram
+Times are taken in nanoseconds. A region that is not `precise` tells milliseconds, the boundaries of its histogram
 included; the kernel's have the coarseness of its clock tick.
 
 Source of the formats: Documentation/admin-guide/device-mapper/statistics.rst.

@@ -3,7 +3,7 @@
 
 Each copy is a `scratch` target on the image, which is only read, with a store of its own: a sparse file without a name, or
 memory. The files are made in a directory and removed from it as soon as they are open, so that nothing of them is left
-however this process ends. What a copy takes is bounded by `size_max`.
+however this process ends. The size of a copy's store is bounded by `size_max`.
 
 Nothing is durable here, so there is nothing to be continued by a second start.
 """

@@ -176,7 +176,7 @@ class Connection:
         self.maybe_release()
 
     def freeze(self) -> None:
-        """Begin no request any more. What has begun ends; see `is_at_rest`."""
+        """Begin no request any more. Requests that have begun end; see `is_at_rest`."""
         self.is_frozen = True
         if self._input is not None and self._input.is_plain:
             self._watch.stop_reading()

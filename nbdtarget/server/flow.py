@@ -18,7 +18,7 @@ way back. In between, `resume` of the connection is called; it looks whether a b
 The share of a turn is counted in bytes (`spend`) and in time: `may_serve_on` looks at the clock. Small requests
 that are served on the fast path are not counted; the clock bounds them.
 
-Nothing else writes what stands here. What all connections have in flight together is in `Budget`, and each
+No other code writes these numbers. The sum of all connections is in `Budget`, and each
 change here is passed on to it.
 """
 
@@ -138,7 +138,7 @@ class Flow:
         self.progress_ns = self._clock.now_ns()
 
     def close(self) -> None:
-        """The connection is closed. What is in flight is still counted until it ends."""
+        """The connection is closed. Requests in flight are still counted until they end."""
         if self._state == IN_LINE:
             self._budget.stop_waiting(self._budget_shrank)
         self._look_soon.cancel()

@@ -9,7 +9,7 @@ batch, and no object is made for any reply in it.
             |sent or |packed,       |free
             |queued  |not yet sent  |
 
-`flush` sends [base, end) when nothing waits before it. What the socket does not take goes
+`flush` sends [base, end) when nothing waits before it. The part that the socket does not take goes
 to the *queue* (`base` moves to `end`), in front of later replies; the arena starts again at 0
 when the queue is empty. Replies that do not come from the arena (late ones, large ones) are
 `push`ed to the queue at once. The order of replies is free, but a reply that has begun

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Reception`: a connection in transmission receives and serves, batch after batch, and its replies leave.
 
-Theory of operation. The loop says that the socket can be read. What follows in that turn of the loop is here:
+Theory of operation. The loop says that the socket can be read. This module does the rest of that turn of the loop:
 
     compiled   `FastTurn` receives and serves as far as it goes, and may leave a rest
     usual      `Input` receives once, `Requests` serve what came, and the connection sends the replies; again, if the poller
@@ -10,7 +10,7 @@ Theory of operation. The loop says that the socket can be read. What follows in 
 A turn ends when nothing can be received, when a bound pauses the connection, when it is frozen, or after BATCHES_MAX receives. Then it
 goes on by itself in the next turn.
 
-TLS. What a `TlsSocket` has decrypted, or could decrypt, is unknown to the loop. So a connection with TLS receives until there is
+TLS. The loop does not know of bytes that a `TlsSocket` has decrypted, or could decrypt. So a connection with TLS receives until there is
 nothing; the compiled half does so, too.
 
 Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes that lie there nor for

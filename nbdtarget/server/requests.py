@@ -28,7 +28,7 @@ share of the turn, and whether the connection is paused. `InFlight` has what has
 
 Bounds. `_admit` is called before each slow request, and after each bio that stays in flight; if a bound is met,
 it pauses the connection, and the requests that were received stay in the buffer. Before a request
-that is answered without I/O only the output is looked at. What is served in one turn of the loop is bounded, too:
+that is answered without I/O only the output is looked at. The work in one turn of the loop is bounded, too:
 `Flow.may_serve_on` is asked after each slow request, and for each TURN_LOOK received bytes of fast ones.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SlicedRange`: a TRIM, WRITE_ZEROES or CACHE of a long range, carried out slice by slice; `Pace`: how long slices are.
 
-One request may be about a whole disk of 16 TiB. What a device does for it takes time in proportion: a clone sets bits, a
+One request may be about a whole disk of 16 TiB. The device's work takes time in proportion: a clone sets bits, a
 file system frees space, a disk that cannot zero is written to for hours. So a range that is longer than
 `Limits.range_slice` is sent to the device in slices, the next one when the one before has ended and the connection has
 its turn (`Turns`). Between two slices

@@ -2,7 +2,7 @@
 """Copies that no client waits for: in bulk where the devices can, and kept out of the page cache.
 
 Theory of operation. A copy goes through threads (`nbdtarget.devices.bulk`), or, where the source lends no streams,
-through a `Copier`, by bios. What has been copied gathers in windows of `WINDOW_BYTES`. A full window is handed to
+through a `Copier`, by bios. Copied ranges gather in windows of `WINDOW_BYTES`. A full window is handed to
 `Device.write_behind`, one window at a time: it is written back while the next one is being copied, and then dropped
 from the page cache of the destination.
 

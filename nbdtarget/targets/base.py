@@ -73,8 +73,8 @@ class TargetContext(Protocol):
         permissions: words of `nbdtarget.common.permissions` that the command gave which loads the table.
         clock: the only source of time.
         replaces_unusable: the live table holds one of this target's disks by a device that is latched
-            or lost, and this target got it opened anew. What that table knows in memory cannot
-            become durable any more, so this target reads it from the disk.
+            or lost, and this target got it opened anew. The state of that table in memory cannot
+            become durable any more, so this target reads the state from the disk.
     """
 
     begin: int
@@ -146,8 +146,8 @@ class TargetContext(Protocol):
             devices: open here; if one of the `args` is the name of one of them, that open
                 device is meant. If the name means another disk by now, nothing is replaced.
 
-        Returns at once. What comes of it: this target is suspended, the new one resumed, this
-        one destroyed, with clients' bios waiting meanwhile. Or nothing, if the device is
+        Returns at once. Later this target is suspended, the new one resumed, this
+        one destroyed, with clients' bios waiting meanwhile. Nothing happens if the device is
         suspended or has an inactive table by then, or the new target cannot be constructed. An
         event tells that it has been decided.
         """

@@ -5,7 +5,7 @@ Theory of operation. Targets change their metadata in memory as I/O ends, and ca
 `note_change`. A commit makes what was changed so far durable:
 
     1  pre_commit    the changes so far become one transaction. There is no await in this step, so no
-                     change is taken in part. What changes from here on belongs to the next commit.
+                     change is taken in part. A change from here on belongs to the next commit.
     2  together      flush every backing device, so that all data that the transaction
                      vouches for is durable; append the transaction to the journal, flush that
     3  superblock    written with FUA: from here on a crash finds the transaction
@@ -39,7 +39,7 @@ Failure. Whatever step fails, the disk holds the last commit, or all of the fail
                                        durable before, and opening takes the newest valid copy
 
 So nothing on the disk is in doubt, no mark is written there, and a new table or another process that opens the
-metadata goes on from a complete commit. What is in doubt is what is in core: a later
+metadata goes on from a complete commit. The state in core is in doubt: a later
 flush that "succeeds" would prove nothing (the kernel may have dropped the dirty pages), and
 the changes that we have taken may rest on such pages. Therefore the metadata is aborted: it becomes
 read-only, all callers that wait get EIO, and so does every later FLUSH and FUA until a table is
@@ -137,7 +137,7 @@ class _MetadataFailure(Exception):
         self.cause = cause
 
 
-# None: the flush is needed. What is returned may raise the error again: the flush is needed by now.
+# None: the flush is needed. The function that is returned may raise the error again, if the flush is needed by now.
 CanDoWithout: TypeAlias = Callable[
     [Device, Transaction | None], Callable[[DeviceError], None] | None
 ]
@@ -163,8 +163,8 @@ class Committer:
         can_do_without: asked when a backing device is about to be flushed for a transaction, or for FLUSH
             alone: whether nothing rests on that flush; then what to call if it fails. See `CanDoWithout`.
         unflushed: of backing devices of which the owner knows what was written to them.
-        unflushable: the devices whose last flush failed, and nothing was lost by it. What they hold may not be what they
-            hold after a power cut: a DISCARD promises nothing.
+        unflushable: the devices whose last flush failed, and nothing was lost by it. Their content may change in a power
+            cut: a DISCARD promises nothing.
         last_error: why the last flush or commit failed, in one line; None: none has.
         nr_commits, commits_ns: how many there were, and how long they have taken together.
     """

@@ -7,7 +7,7 @@ bound: a copy that finds none waits for one, first come first served. Several co
 overlap each other's reads and writes; a long one overlaps its own chunks, CHUNKS_IN_FLIGHT_MAX
 at a time, so that it cannot keep all buffers from the others.
 
-Two sizes. What a chunk costs besides its bytes (Python, and a hand-over to a file's writer) is
+Two sizes. The cost of a chunk besides its bytes (Python, and a hand-over to a file's writer) is
 the same for a large one, so long copies use buffers of `chunk_bytes`. Copies of a region or so
 use small ones, so that many of them can run at once. A copy takes the other size rather than wait, and its
 chunk is then as long as its buffer.

@@ -12,7 +12,7 @@ when it came, and one timer waits for the first of them: never early, and late b
 most, plus what the loop is busy with. Delays nothing while suspended: `presuspend` sends
 everything on at once, in the order in which it was due.
 
-What waits owns its payload. There is no bound here: every submitter has its own.
+A bio that waits owns its payload. There is no bound here: every submitter has its own.
 """
 
 import heapq

@@ -16,7 +16,7 @@ for the second, and so on; intervals are whole seconds. Up, it is `linear`. Down
     random_read_corrupt <p>,                  a random byte becomes a random value, in p of
     random_write_corrupt <p>                  1 000 000 000 bios with data
 
-What decides is when the bio comes, not when it ends. A write is corrupted in a copy: the
+The time at which a bio comes decides, not the time at which it ends. A write is corrupted in a copy: the
 client's own buffer is never touched. Byte 1 is the first of a bio; a shorter bio stays as it is.
 
 Flags are the kernel's `bio->bi_opf`, as far as a bio here has any: the operation (read 0,

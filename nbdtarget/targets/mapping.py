@@ -5,7 +5,7 @@ Each of them maps blocks of a device to one of two places, records in metadata w
 commits the metadata in groups (`Committer`). Here stands what does not depend on what is
 mapped: opening and closing, words, modes, contexts, and the frame of suspend and resume.
 
-What a client's bio meets is not here: a clone looks up ranges of bits, a cache asks a policy and holds blocks, and
+The handling of clients' bios is not here: a clone looks up ranges of bits, a cache asks a policy and holds blocks, and
 the two share no step.
 
     mode   meaning                                        FLUSH   how it is reached

@@ -18,8 +18,8 @@ New metadata is made only for a disk that is empty. If the disk holds data, then
 
 A disk whose name does not say in which format it is counts as raw. If it begins or ends like an image in a format, a compressed
 file or an archive, it is refused (`nbdtarget.devices.image_format`): before metadata is made for it, or when it takes the
-place of another disk. A disk that metadata knows has been looked at before. What it begins with now was written by its
-clients, and that is their affair. For the same reason a mapped device is not looked at.
+place of another disk. A disk that metadata knows has been looked at before. Its beginning was since written by its
+clients, who may write an image to it. For the same reason a mapped device is not looked at.
 """
 
 import errno as errnos

@@ -22,7 +22,7 @@ when it is released they have been released. For example, a thousand cells on on
 neither asking, nor releasing, nor cancelling all of them looks at each pair.
 
 Cost. A cell is a pair of numbers, however long its range: a discard of 2^28 regions is one
-cell. What a cell overlaps is found by bisection. A cell that is released counts down the cells that it
+cell. The cells that a new one overlaps are found by bisection. A cell that is released counts down the cells that it
 blocks, so nothing is ever scanned to find out which cell is next.
 
 `granted` runs inside `lock` or inside the `release` that makes room, one at a time: a

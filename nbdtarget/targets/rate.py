@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bytes a second the background may copy.
 
-Theory of operation. What a job is going to copy is charged when the job starts, and the next one
-may start when that is paid for, at `bytes_per_s`. So no more is ever copied ahead of its
+Theory of operation. The bytes of a job are charged when the job starts, and the next one
+may start when they are paid for, at `bytes_per_s`. So no more is ever copied ahead of its
 time than one job, and `job_bytes_max` keeps jobs short; but a region is copied whole, however
 long it takes to pay for. Credit is saved up for `CREDIT_S` only: enough for timers that
 fire late, too little for a burst after a pause.

@@ -22,7 +22,7 @@ def maybe_zero_runs(
 ) -> list[tuple[int, int, bool]] | None:
     """Cut the first `length` bytes of `buffer` into runs: begin, end, and whether it is zero.
 
-    None: nothing of it is a whole piece of zeroes. What is left behind the last whole piece counts as data.
+    None: nothing of it is a whole piece of zeroes. The rest behind the last whole piece counts as data.
     """
     runs: list[tuple[int, int, bool]] = []
     has_zeroes = False

@@ -2,7 +2,7 @@
 """Disks that fail, or are slow, when a test says so. `powercut` needs no class of its own: `BlockingDisk.power_cut`.
 
 Both classes swap the table while clients stay attached: `linear` when all is well, else `flakey` or `delay` over the
-same memory. What was written stays.
+same memory. Written data stays.
 """
 
 from typing import Final

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The offline metadata tools: each runs functions of `nbdtarget_metadata` over files, and returns an answer.
 
-files.py opens and locks the files. What a tool only looks at is opened read-only. What it makes, it removes
-again if it fails. What it writes over cannot be opened as metadata until the last write
+files.py opens and locks the files. A file that a tool only looks at is opened read-only. A file that it makes is removed
+again if it fails. A file that it writes over cannot be opened as metadata until the last write
 (`nbdtarget_metadata.tools.restore`).
 
 `nbdtarget_metadata.tools.check` explains what damage is, and `nbdtarget_metadata.tools.salvage` what may be

@@ -2,7 +2,7 @@
 """Power cuts: at which flush, and what of the writes at risk survives.
 
 A `Cut` says of each sector that was written in its epoch which of the writes it holds afterwards, so that it needs neither the
-generator of chance nor the code that has made it to be carried out again. What may survive is what the target `powercut` says
+generator of chance nor the code that has made it to be carried out again. Which writes may survive is decided as in the target `powercut`
 (`nbdtarget.targets.powercut.volatile_cache.survivors`).
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Of a cut after which the check fails, look for a smaller loss after which it fails, too.
 
-What is lost is taken in units of whole writes: the sectors in which the cut differs from a disk that has lost nothing, by the write
+The loss is taken in units of whole writes: the sectors in which the cut differs from a disk that has lost nothing, by the write
 that they should hold. Halves of the units are given back, then quarters, and so on (the steps of delta debugging), as long as the
 check goes on failing without them.
 """

@@ -18,7 +18,7 @@ than everything else that is done for it. This module has the rest:
 - `wire_errno` maps any errno to one of the eight errors of the wire; `clip_extents` turns any list of extents
   into descriptors that every client accepts.
 
-What proto.md leaves open is decided as follows. A length of 0 succeeds, except for BLOCK_STATUS, which must
+Questions that proto.md leaves open are decided as follows. A length of 0 succeeds, except for BLOCK_STATUS, which must
 return at least one descriptor of at least one byte. FLUSH and DISC ignore offset and length.
 A READ that is longer than `payload_max` fails with EINVAL (with DF or extended headers: EOVERFLOW). No chunk has more data than was
 advertised as the maximum payload, `chunk_max`: a longer READ is answered in several, so with DF it fails with EOVERFLOW. A write-type command

@@ -15,7 +15,7 @@ The commit. It has two phases, as a clone's, because two other disks must act be
     run transaction.superblock()            # only if all of them succeeded
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
-If any of these steps fails, call `abort`. What must be flushed first, and why:
+If any of these steps fails, call `abort`. The devices that must be flushed first, and why:
 
     after `insert`       FLUSH_CACHE: a committed mapping is read from the cache device, so its data must
                          be there. If the block is clean, FLUSH_ORIGIN, too: the origin must have the same
@@ -44,7 +44,7 @@ full sync is `prepare_shutdown` and pre_commit(clean_shutdown=True), when nothin
 
 **Origin complete.** A cache that does not write back (writethrough, passthrough) records that the origin has
 everything: when it starts, if no block is dirty; else with the commit after the last dirty block was written
-back. After a crash nothing is dirty then, and the origin has all that was promised. What the cache holds may
+back. After a crash nothing is dirty then, and the origin has all that was promised. The cached copies may
 differ from it: a write through that was not flushed may be on one device only, and users are told that they
 may use the origin alone in the meantime. So `gives_up_mappings`, and `drop_clean` comes before `start`.
 

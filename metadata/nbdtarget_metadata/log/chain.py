@@ -8,10 +8,10 @@ A snapshot and the journal behind it are one chain of records. Each record is an
 starts on a block and occupies whole blocks, so appending never rewrites a block that holds an
 acknowledged record. Each names the digest of its predecessor; the first names the device's
 uuid. The superblock vouches for the chain's length and last digest, and through
-that for every byte of it and for their order. What lies behind that end belongs to a
+that for every byte of it and for their order. Data behind that end belongs to a
 transaction that was not acknowledged, or is older still: it is never read, and will be overwritten.
 
-What a record says, its kind defines: see clone/records.py and cache/records.py.
+The content of a record is defined by its kind: see clone/records.py and cache/records.py.
 
 A record is at most 512 KiB: hashing one is the longest step between two yields.
 """

@@ -27,7 +27,7 @@ room), so the two cannot meet; the compaction ends without effect.
     arena:  | snapshot of `compact`, <= S | journal ...                                |
        or:  | abandoned, S or more        | snapshot of a commit, <= S | journal, >= 16 |
 
-Opening. What was read may be in a page cache and nowhere else (superblock.py, "Opening begins with a
+Opening. The data that was read may be in a page cache and nowhere else (superblock.py, "Opening begins with a
 flush"). So an opening takes both superblock slots for unhealed, and the first resume makes two commits,
 one for each, before anything is acknowledged. A commit that only heals writes no record: each of its
 two writes can be lost or torn, and what was there before can be opened. Loading alone writes nothing.

@@ -352,8 +352,8 @@ def choose_superblock(
 
     Args:
         admit_needs_check: return it although the flag is set: for tools that check it.
-        admit_lost_slot: choose from the other slot if one has no valid copy. What it says
-            may be older than what was acknowledged. Only for tools that tell this to the user.
+        admit_lost_slot: choose from the other slot if one has no valid copy. Its content
+            may be older than the acknowledged one. Only for tools that tell this to the user.
 
     Raises:
         NotFormatted: all zeroes, or an interrupted format.

@@ -5,7 +5,7 @@ The order of a restore is that of restore.py.
 
 `record_written_back` is one commit without a change of mappings, and always a clean shutdown: after it
 the dirty bits are exact, also if they were not before. It goes to the sync area that the superblock does not
-vouch for, so a crash leaves either state. What is LOGGED may stay so: it is a superset of the dirty blocks.
+vouch for, so a crash leaves either state. LOGGED blocks may stay so: they are a superset of the dirty blocks.
 """
 
 import msgspec

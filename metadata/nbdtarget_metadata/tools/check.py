@@ -10,7 +10,7 @@ The server stops at the first thing that is wrong. `examine` goes on, and tells 
                what a crash left of a commit. Never read, and overwritten in time
     leaks      blocks with other content that no superblock vouches for: parts of former records
 
-Only damage matters. What is in use has orphans and leaks most of the time.
+Only damage matters. Metadata in use has orphans and leaks most of the time.
 
 `mend` does what little can be done in place without losing anything: it rewrites unhealed
 copies from their siblings, and takes back `needs_check`, as a commit without changes.

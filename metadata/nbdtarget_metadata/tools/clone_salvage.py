@@ -14,13 +14,13 @@ also if a newer superblock has replaced it. Of the newest superblock's live rang
 that it leads to `backward` or `forward` (salvage.py).
 
 An older superblock's range may have been written over by a compaction since, whose first record
-names the uuid as well. So there, and if a slot is lost everywhere, only `backward` is used. What lies
-outside of these ranges (orphans) proves nothing: a commit may have ended before its data was durable.
+names the uuid as well. So there, and if a slot is lost everywhere, only `backward` is used. A record
+outside of these ranges (an orphan) proves nothing: a commit may have ended before its data was durable.
 
 How much is missing is known: the superblock says how many regions are hydrated. If as many were
 found, nothing is missing, although something is broken. If it says that all regions are hydrated, they are.
 
-A slot without any valid copy may have held the newest superblock. What the other slot says is then
+A slot without any valid copy may have held the newest superblock. The content of the other slot is then
 the best there is, but it is not known how much is missing.
 """
 

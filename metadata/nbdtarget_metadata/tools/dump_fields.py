@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the fields of a dump back. Any layout of the JSON will do, and any order of its fields.
 
-In pieces: a dump may have a thousand million rows, and only what they say is kept. What is wrong is
+In pieces: a dump may have a thousand million rows, and only their values are kept. A mistake is
 reported with its line. People may have edited the dump, so nothing in it is believed: each
 field's range is checked, an unknown one is refused (it may be a known one, misspelt).
 """

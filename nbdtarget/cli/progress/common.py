@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output that all long-running commands have in common.
 
-What scripts read or people paste goes to stdout, progress and complaints to stderr. While a command works, a
+Output that scripts read or people paste goes to stdout, progress and complaints to stderr. While a command works, a
 `Display` shows how far it is: on a terminal something that is drawn over again, elsewhere a plain line now and then.
 With --json there is one object a line on stdout, and nothing else.
 """

@@ -2,7 +2,7 @@
 """`HelperDevice`: a disk that a helper opens, as an export of an NBD server that is ours alone.
 
 Theory of operation. To everything above it is an `NbdDevice` that is only read: several connections, block status with holes, bulk
-copies, and connecting again after a loss, each time after a longer while. What is added is the server's life:
+copies, and connecting again after a loss, each time after a longer while. This class adds the life of the server:
 
     open          an image is looked at (`image_info.py`, `state.py`), the program is started, and connected to
     it ends       our connections end with it; before each new attempt to connect it is started again
@@ -11,7 +11,7 @@ copies, and connecting again after a loss, each time after a longer while. What 
     it is back    with the same image, or nothing more is read: `changed` says why, as for a remote image
     close         the connections first, then the program: nbdkit stays while a client is connected
 
-*Reads wait.* What is read while the helper is away, or was under way when it died, waits for the next one (`NbdDevice.holds_reads`): to start
+*Reads wait.* A read that comes while the helper is away, or was under way when it died, waits for the next one (`NbdDevice.holds_reads`): to start
 a program again takes a moment, and a guest that got an error would not ask again. After `source-timeout` it ends with an error.
 
 *Containers.* An image on a web server or in an object store is opened by ourselves, and the helper reads it from us (`container.py`). That it was replaced, or is away, is noticed

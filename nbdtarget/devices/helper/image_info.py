@@ -6,8 +6,8 @@ this server, and their bytes would be those of the disk. The maker of an image c
 So `qemu-img info` looks at the image first, and what it names is refused unless the name of the disk allows it. The look is bounded in CPU
 time, memory, time and output, because an image may be made to cost much.
 
-The image could be exchanged between the look and the opening by those who may write to its directory. What it names when it is
-opened is then not looked at: let images come from a directory that only you can write to.
+The image could be exchanged between the look and the opening by those who may write to its directory. The files that it names when it is
+opened are then not looked at: let images come from a directory that only you can write to.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ once. We connect to it through a descriptor (`/proc/self/fd/N`), as nothing else
 
 A connection that is made while no process runs waits in the socket's queue for the next one.
 
-What the program writes to its standard error goes to our log, under the disk's name. Its standard output is no part of the protocol
+The standard error of the program goes to our log, under the disk's name. Its standard output is no part of the protocol
 and goes nowhere.
 """
 

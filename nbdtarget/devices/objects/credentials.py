@@ -5,7 +5,7 @@ The command of the URL (`nbdtarget.devices.http.url_command`) prints one JSON ob
 
     {"Version": 1, "AccessKeyId": "…", "SecretAccessKey": "…", "SessionToken": "…", "Expiration": "2026-11-30T12:00:00Z"}
 
-SessionToken and Expiration may be missing. What it printed is used until `Expiration`, or until the store refuses it.
+SessionToken and Expiration may be missing. The credentials are used until `Expiration`, or until the store refuses them.
 """
 
 from collections.abc import Sequence

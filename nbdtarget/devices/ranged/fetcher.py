@@ -2,7 +2,7 @@
 """`Fetcher`: brings a range of a remote image, however often it has to be asked for.
 
 Theory of operation. `fetch` sends one request for a range. When it breaks off, what has arrived is good, and the next request asks for
-the rest. What happens next depends on what was wrong (`nbdtarget.devices.ranged.store`):
+the rest. The next step depends on the kind of error (`nbdtarget.devices.ranged.store`):
 
     away, unfit   wait, with full jitter (`retry`), at least for what Retry-After said. All fetches wait for that
                   one. An overload halves the number of requests at a time (`slots`)

@@ -10,7 +10,7 @@ cell on, a stream has what follows fetched: twice as much as it has read, up to 
 A read at random continues no stream, so nothing is read ahead for it.
 
 *Bounds.* `CELLS_MAX` cells are kept, those used last. A cell that is being fetched stays until it has come, so there may be
-more: as many as the requests of clients touch. What is read ahead is bounded by `CELLS_MAX` alone.
+more: as many as the requests of clients touch. Reading ahead is bounded by `CELLS_MAX` alone.
 
 *Failures.* A fetch that fails ends the reads that wait for its cells with EIO, and the cells are forgotten: the next read asks again.
 """

@@ -2,7 +2,7 @@
 """How long to wait before a request is sent again.
 
 Full jitter: a time between 0 and a bound that doubles with each failure in a row, from `RETRY_S_MIN` to `RETRY_S_MAX`. Clients
-that have failed together do not come back together. What the server asks for in Retry-After is the least.
+that have failed together do not come back together. A wait is never shorter than the server's Retry-After.
 """
 
 import random

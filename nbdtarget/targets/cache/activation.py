@@ -40,7 +40,7 @@ and the origin may have been used alone meanwhile, which is allowed. So all mapp
 given up then: nothing is written back, and nothing old is read.
 
 Mode RO: there is nothing to commit. A metadata device that can be read, but not written, leads there, too: it serves
-reads, and refuses each FLUSH; the status line says `needs_check`. What is in core is loaded and can be read, as it still tells
+reads, and refuses each FLUSH; the status line says `needs_check`. The mappings in core are loaded and can be read, as they still tell
 where the data are; a resize is refused. Mode FAIL: a table that had been resumed before is resumed, to fail
 all I/O; a new one is refused.
 

@@ -270,7 +270,7 @@ async def _read_metadata(device: Device, block_size: int) -> CacheMetadata:
     except DeviceError as error:
         if error.op != OP_NAMES[OP_FLUSH]:
             raise
-        # It cannot be written. What it says can be read, and tells where the data are.
+        # The metadata cannot be written, but they can be read, and tell where the data are.
         metadata = await metadata_io.run(device, without_flushes(open_()))
         metadata.abort()
         metadata.blame()

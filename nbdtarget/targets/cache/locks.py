@@ -2,7 +2,7 @@
 """Block locks: I/O on a block holds it, and what moves the block locks it.
 
 Theory of operation. Every READ or WRITE that does not end at once *holds* its block, shared, until
-it ends. What moves a block (a migration, an overwrite, a discard, an invalidation) *locks* it,
+it ends. Work that moves a block (a migration, an overwrite, a discard, an invalidation) *locks* it,
 exclusively; a discard locks a whole range. I/O that ends at once takes neither: nothing else can
 run meanwhile, so a look at the locks is enough.
 

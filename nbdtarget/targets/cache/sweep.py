@@ -2,8 +2,8 @@
 """The order in which dirty blocks are written back: the origin's, so that a disk need not seek.
 
 Theory of operation. A sweep goes once through the blocks that were dirty when it began, by their place
-on the origin. What has been cleaned or moved since, or is locked, is passed over; what became dirty
-since is for the next one. `clean_now` has one sweep follow another until a moment
+on the origin. Blocks that have been cleaned or moved since, or are locked, are passed over; blocks that became dirty
+since are for the next one. `clean_now` has one sweep follow another until a moment
 comes at which nothing is dirty.
 
 Gathering a million blocks takes time: it is done in steps of milliseconds, as is their sorting,

@@ -6,7 +6,7 @@ write. Then it can be stopped cleanly, and its FLUSH succeeds. To know that, wri
 counted as they are sent. A flush covers what was counted when it began, but only if no write was under way at
 that moment: otherwise the count does not say which of them had ended.
 
-What the table before this one has written is not known here, so something counts as unflushed until
+The writes of the table before this one are not known here, so something counts as unflushed until
 the first flush has ended well. A DISCARD is not counted, because it promises nothing.
 """
 

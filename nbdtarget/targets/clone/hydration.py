@@ -18,15 +18,15 @@ Threshold, as the kernel counts: all regions that are being hydrated, those of c
 included, plus the ones that a new batch would add, do not exceed it. Threshold 0 stops the
 background. A batch is not cut short while another job runs that will make more room.
 
-What clients have read goes first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
+Regions that clients have read go first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
 copied also when the background is not enabled, and then nothing else is.
 
 A source that can only be read forward (`Device.is_forward_only`) is copied in order, and nothing goes first.
 
-What an earlier boot has read (`hydrate_first`) goes next, in its order. Clients are likely to want it soon, so it does not give way to
-them.
+Regions that an earlier boot has read (`hydrate_first`) go next, in its order. Clients are likely to want them soon, so they do not give
+way to clients.
 
-Rate. What jobs copy is charged to a `Rate`, zeroes only where the destination cannot but
+Rate. The bytes that jobs copy are charged to a `Rate`, zeroes only where the destination cannot but
 write them.
 
 Clients first. While client I/O arrives (something came in the last `QUIET_S`), only one
@@ -36,7 +36,7 @@ of silence it is at full speed again. (The kernel stops altogether while any I/O
 may take a second to go on: a busy disk is never hydrated, a quiet one late.) A source that keeps clients' reads apart
 (`Device.has_lanes`: a distant one) is copied at full speed all the time: it is slow because it is far away, and not because it is busy.
 
-Errors. What fails is left alone for a while (`Hydrator`, `Failures`). When job after job fails
+Errors. A range that fails is left alone for a while (`Hydrator`, `Failures`). When job after job fails
 altogether (a dead device), the whole hydration slows down too.
 
 A source that was replaced (`Device.changed`) ends the hydration for good: what has been copied is of the right image, and

@@ -3,8 +3,8 @@
 
 Data is copied, zeroes are written as zeroes, then the bits are set.
 
-What fails is tried again by halves, so a bad sector costs its own region and not its
-neighbours'. What still fails waits in `Failures`, longer each time. All failures are counted,
+A range that fails is tried again by halves, so a bad sector costs its own region and not its
+neighbours'. A region that still fails waits in `Failures`, longer each time. All failures are counted,
 also those of copies that a client's write needed. An event is raised when their number reaches
 `event_after_errors`, and from then on whenever a region fails that had not failed before; the log
 has a line about new ones now and then.

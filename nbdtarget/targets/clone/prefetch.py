@@ -18,7 +18,7 @@ How a CACHE ends:
                 `ERRORS_PER_JOB_MAX` failures
     EIO         the metadata went read-only meanwhile
 
-A suspend does not wait for more than the steps that are under way. What is not done by then is given back to the mapped
+A suspend does not wait for more than the steps that are under way. A CACHE that is not done by then is given back to the mapped
 device, and begins again when that is resumed: a client sees a pause, and no error.
 
 Bounds: what waits here is bounded by the server's limits on requests in flight.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Trace`: which parts of a clone its clients have read, each once, in the order in which they were read first.
 
-A machine that boots from an image reads the same few per cent of it each time. What was recorded at one boot is hydrated first at
+A machine that boots from an image reads the same few per cent of it each time. The reads of one boot are recorded, and hydrated first at
 the next one (`Hydration.hydrate_first`), long before the background would come to it.
 
 A trace knows whole regions. It has a bound: what is read first after `RANGES_MAX` ranges is not recorded.

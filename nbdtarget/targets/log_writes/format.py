@@ -9,7 +9,7 @@
 
 All little endian. Sectors are of the size that the superblock says (512 in most logs), both
 where an entry says what was written and where it lies in the log; the rest of an entry's sector
-is zeroes. What lies behind the last entry means nothing.
+is zeroes. Data behind the last entry means nothing.
 """
 
 import struct

@@ -3,14 +3,14 @@
 
     <dev> <log dev>        message: mark <text>
 
-Theory of operation. I/O goes to the device unchanged. What it changes is logged in order of
+Theory of operation. I/O goes to the device unchanged. Its changes are logged in order of
 *completion*, once it can no longer be lost:
 
     READ, CACHE     not logged
     WRITE + FUA     logged when it has ended
     WRITE, DISCARD  wait, once ended, for a flush
     FLUSH           takes along what had ended when it was *submitted*; when it has ended,
-                    these are logged, then the flush itself. What ends meanwhile waits for
+                    these are logged, then the flush itself. Writes that end meanwhile wait for
                     the next one
     mark            logged at once, before what still waits for a flush
     destruction     what waits is logged, then the mark `dm-log-writes-end`
@@ -20,8 +20,8 @@ No bio waits for the log, except that with 64 MiB of blocks in memory new writes
 this covers is logged, without a flush entry). The kernel has no such bound.
 
 The flush that a suspend of ours sends (`UNASKED`), and the kernel's does not, is passed on and leaves the log as
-it is: the log is the same as the kernel's for the same requests. What a `clone` or `cache` above flushes
-by itself to commit is logged, for it is a user of the disk.
+it is: the log is the same as the kernel's for the same requests. The flushes that a `clone` or `cache` above
+needs for its commits are logged, for it is a user of the disk.
 
 A bio that failed is not logged, and a FLUSH that failed takes nothing along; the kernel logs
 both. A zeroing is logged as a write of zeroes. A write of part of a sector is logged as the whole

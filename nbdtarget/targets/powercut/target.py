@@ -26,11 +26,11 @@ From a cut to `on` every bio ends with EIO, as with a machine that is off; those
 too, and what they would have promised is not kept. Without a SEED one is drawn, and told in the
 answer: the same seed with the same writes in the cache leaves the same disk.
 
-What is on the medium is safe from these cuts, flushed or not; from a real one it is as safe
+Data on the medium is safe from these cuts, flushed or not; from a real one it is as safe
 as the device below makes it: FLUSH and FUA are passed on to it. A suspend brings the whole cache
 to the medium, so that nothing is lost by a reload or a removal without a cut.
 
-A cut is not reported to other targets. What stands on this disk and keeps a state of its own in memory (a
+A cut is not reported to other targets. A user of this disk that keeps a state of its own in memory (a
 clone, a mounted file system) must start anew after it, as after a real one.
 
 Everything but reads and writes of whole sectors runs one at a time, in the order in which it came. A

@@ -3,10 +3,10 @@
 
     <golden dev> <offset> <store dev> [<#feature args> [max_sectors <sectors>]]
 
-The kernel has no such target. Many of them stand on one golden device, which is only read. What is written goes to the
+The kernel has no such target. Many of them stand on one golden device, which is only read. Written data goes to the
 store, at the same place, and nowhere else.
 
-**Nothing here is durable, and nothing is meant to be.** FLUSH and FUA end at once, and no sync is made. What was written
+**Nothing here is durable, and nothing is meant to be.** FLUSH and FUA end at once, and no sync is made. Written data
 is there until the table goes: a table that is constructed anew begins as the golden device is, and not with what the store holds. So
 that no disk is taken for a store by mistake, a store that holds data is refused, unless the command allows to overwrite it.
 
