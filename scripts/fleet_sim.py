@@ -431,7 +431,7 @@ def table(results: Sequence[Result], model: Model) -> Table:
 
 
 def _be_quiet() -> None:
-    """A thousand clones have much to tell."""
+    """Log errors only, because a thousand clones would log too much."""
     logging.disable(logging.WARNING)
 
 

@@ -97,7 +97,7 @@ NOT_MARKED: Final = -1
 
 
 class Mark(msgspec.Struct, array_like=True, frozen=True):
-    """The mark on the disk itself: whose it is, and the metadata's generation at that time."""
+    """The mark on the disk itself: the owner of the disk, and the metadata's generation at that time."""
 
     uuid: bytes
     generation: int

@@ -185,10 +185,10 @@ class RunningHost:
         return isinstance(self.control, Path)
 
     async def open(self) -> None:
-        """Nothing is to be started; the first request says whether the server is there."""
+        """Do nothing: the server runs already. The first request finds out whether it is there."""
 
     async def close(self) -> None:
-        """The server goes on."""
+        """Do nothing: the server continues."""
 
     async def ask(self, verb: str, request: Request, answer_type: type[A]) -> A:
         loop = asyncio.get_running_loop()

@@ -65,7 +65,7 @@ class Identity:
     names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """For the log: what a rule could be written about."""
+        """Return the facts that a rule can ask for, for the log."""
         shown = [f"cert:{name}" for name in self.names]
         if self.uid is not None:
             shown.append(f"uid:{self.uid}")
@@ -148,7 +148,7 @@ class AccessRules:
         self.by_command = {name: parse_rules(rules) for name, rules in texts.items()}
 
     def all_rules(self) -> Iterable[Rule]:
-        """Each rule that there is."""
+        """Return all rules: the default ones, and those of each export."""
         yield from self.default or ()
         for rules in (*self.by_export.values(), *self.by_command.values()):
             yield from rules

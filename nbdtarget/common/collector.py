@@ -11,7 +11,7 @@ from typing import Final
 __all__ = ["look_as_usual", "look_no_more", "look_rarely"]
 
 _USUAL: Final = gc.get_threshold()
-_RARELY: Final = 50_000  # new objects; a look then takes 2 or 3 ms
+_RARELY: Final = 50_000  # new objects between two looks, each of 2 or 3 ms
 
 
 def look_rarely() -> None:

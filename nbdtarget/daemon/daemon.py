@@ -606,4 +606,4 @@ class Daemon:
 
 
 def _do_nothing() -> None:
-    """There is no job that has to be told."""
+    """Do nothing: there is no job that has to be told."""

@@ -35,12 +35,12 @@ _hanging: Final[list[str]] = []
 
 
 def note_what_hangs(*names: str) -> None:
-    """From now on `must_leave_at_once`."""
+    """Let `must_leave_at_once` be true from now on."""
     _hanging.extend(names)
 
 
 def forget_what_hangs() -> None:
-    """A test has ended a server, and its process goes on."""
+    """Undo `note_what_hangs`: a test has ended a server, and its process continues."""
     _hanging.clear()
 
 

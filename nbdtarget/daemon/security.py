@@ -107,7 +107,7 @@ class Security:
             each.verifies_peer for each in listeners
         ):
             log.warning(
-                "rules with cert: hold for nobody: no listener verifies certificates"
+                "rules with cert: match no client: no listener verifies certificates"
                 " (--tls-verify-peer, or tls_verify_peer in the configuration file)"
             )
 

@@ -101,7 +101,7 @@ class CompiledCopies:
         self._copies.fail_queued(errnos.EIO, self._number_of(stream))
 
     def close(self) -> None:
-        """Nothing more is put: the threads end."""
+        """End the threads: no more chunks are put."""
         self._is_closed = True
         self._copies.close()
         self._maybe_end()

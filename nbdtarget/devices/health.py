@@ -98,7 +98,7 @@ class Health:
         return self._become(HealthState.LOST, errno)
 
     def note_loss(self) -> None:
-        """Writes that had ended, and that no FLUSH had covered, may be gone."""
+        """Note that writes may be lost which had ended, and which no FLUSH had covered."""
         self.losses += 1
         self.notify()
 

@@ -41,7 +41,7 @@ class Below:
         return sum(each.losses for each in self._data_devices) - self._losses_before
 
     def adopt(self, table: Table | None) -> None:
-        """`table` is live from now on."""
+        """Take over `table`, which is live from now on."""
         self._health.losses += self.losses
         self._data_devices = () if table is None else table.data_devices()
         self._losses_before = sum(each.losses for each in self._data_devices)

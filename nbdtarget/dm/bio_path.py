@@ -175,7 +175,7 @@ class BioPath:
         return None
 
     def _count_or_not(self) -> None:
-        """There is a region by now, or none any more; or recording has begun, or ended."""
+        """Look again whether bios are counted: a region was made or deleted, or recording has begun or ended."""
         self._is_counting = bool(self.statistics) or self.access_trace.is_recording
         self.fast_path.update()
 
@@ -342,4 +342,4 @@ class BioPath:
 
 
 def _nothing() -> None:
-    """The device is removed: nothing is counted any more."""
+    """Do nothing: the device is removed, so nothing is counted any more."""

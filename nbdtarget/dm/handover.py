@@ -258,7 +258,7 @@ def _text(lines: Iterable[tuple[int, int, str, str]]) -> str:
 
 
 def _levels(registry: Registry) -> list[list[MappedDevice]]:
-    """All devices that have a table, by height."""
+    """Return all devices that have a table, by height."""
     heights: dict[MappedDevice, int] = {}
 
     def height(device: MappedDevice) -> int:

@@ -146,7 +146,7 @@ class Groups:
 
     @cached_property
     def remote_disks(self) -> Group[Remote]:
-        """Those of other machines."""
+        """Return the disks of other machines."""
         group: Group[Remote] = Group([], [], [])
         disks = self.lower_disks
         for keys, text, disk in zip(disks.keys, disks.texts, disks.things, strict=True):

@@ -51,7 +51,7 @@ class Progress(NamedTuple):
 def rates_of(
     device: DeviceFigures, before: DeviceFigures | None, seconds: float
 ) -> Mapping[str, Rate]:
-    """By operation. Args: before: the same device `seconds` ago; None: it was not there."""
+    """Return the rates by operation. Args: before: the same device `seconds` ago; None: it was not there."""
     rates = {}
     for name, now in device.operations.items():
         then = _NONE if before is None else before.operations.get(name, _NONE)

@@ -270,7 +270,7 @@ class Connection:
         self._release()
 
     def _release(self) -> None:
-        """Nothing is in flight any more: let go of the device, and of all that refers to this connection."""
+        """Let go of the device, and of all that refers to this connection, when nothing is in flight any more."""
         traffic = None if self._requests is None else self._requests.traffic
         if self._requests is not None:
             self._requests.release()

@@ -242,7 +242,7 @@ class FastTurn:
         self._host.guard(partial(_raise, error))
 
     def _ended(self) -> None:
-        """A turn is over, in which Python has run."""
+        """End a turn in which Python has run."""
         if self._flow.is_counting:
             self._flow.end_turn()
 

@@ -43,7 +43,7 @@ TIMES_WHAT_IS_LEFT: Final = 4
 
 
 def _nothing() -> None:
-    """The connection is closed."""
+    """Do nothing: the connection is closed."""
 
 
 # A closed connection has this in place of its own `Soon`, which refers to it: then the memory of the connection is

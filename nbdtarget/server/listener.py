@@ -79,7 +79,7 @@ def export_uri(pattern: str, name: str = "") -> str:
 
 
 def leave_heap() -> None:
-    """The heap is left as it is: the process is the one of a program that uses the API, or of tests."""
+    """Leave the heap as it is: the process belongs to a program that uses the API, or to tests."""
 
 
 class Listener:

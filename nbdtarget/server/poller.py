@@ -70,7 +70,7 @@ class Polling:
 class Lateness:
     """How often the processor that a look gave away came back very late.
 
-    Who gives the processor away gives the rest of its share away, and where programs wait for a processor it waits for a whole
+    A thread that gives the processor away loses the rest of its share. Where programs wait for a processor, the thread then waits for a whole
     share of one of them: some milliseconds, a hundred times as long as the request takes. A hit may follow all the same, for the client has sent its
     request meanwhile. So this counts apart from hits and misses: each time, twice as many wake-ups as the last time are not polled.
 

@@ -37,7 +37,7 @@ class TlsOptions:
     psk: str | None = None
 
     def or_else(self, other: "TlsOptions") -> "TlsOptions":
-        """This, and what it does not say from `other`."""
+        """Return these options, with the values of `other` where this one has none."""
         has_keys = self.certificates is not None or self.psk is not None
         return TlsOptions(
             other.mode if self.mode is None else self.mode,

@@ -98,7 +98,7 @@ class _Compiled(Protocol):
     """The counters of the compiled path: `nbdtarget_fast.Plane`."""
 
     def counted(self) -> tuple[_Answered, _Answered, _Answered]:
-        """In the order of `_COMPILED`."""
+        """Return the counters, in the order of `_COMPILED`."""
         ...
 
 

@@ -132,7 +132,7 @@ class WritebackAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Block(NamedTuple):
-    """Ordered as the origin is."""
+    """A mapped block. Blocks are in the order of the origin."""
 
     oblock: int
     cblock: int

@@ -540,7 +540,7 @@ class ClientTransmission:
     def _described(
         self, request: Completion, context_id: int, extents: list[tuple[int, int]]
     ) -> None:
-        """A context says this of the range. The first one that was asked for is kept; the simulation keeps them all."""
+        """Keep the answer of the first context that was asked for. The simulation keeps those of all contexts."""
         if context_id == request.asked_ids[0]:
             request.extents = extents
 

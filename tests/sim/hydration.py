@@ -40,7 +40,7 @@ class HydrationModel:
         return self._told
 
     def end_flush(self, told: Told) -> None:
-        """That FLUSH has succeeded."""
+        """Note that a FLUSH has succeeded. `told` is the result of `start`."""
         self._durable |= told
 
     def forget(self) -> None:

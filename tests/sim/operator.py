@@ -279,7 +279,7 @@ class Operator:
             life.is_uncached = True
             check_empty(life)
         elif status == KILLED and not life.is_stopping:
-            # A table may be loaded that nobody resumes any more.
+            # A killed `uncache` may have loaded a table without resuming it.
             await self._verbs.clear(m.Clear("d"))
 
     async def _remove_what_is_used(self) -> None:

@@ -68,7 +68,7 @@ NR_DBLOCKS_MAX: Final = (1 << 15) + 1
 
 
 class PolicyIdentity(NamedTuple):
-    """Whose hints are stored: believed by the same name, major version and hint size only."""
+    """The policy whose hints are stored. Only a policy of the same name, major version and hint size believes them."""
 
     name: str
     version: tuple[int, int, int]
@@ -90,7 +90,7 @@ NO_POLICY: Final = PolicyIdentity("", (0, 0, 0))
 class CacheSuperblock(
     Superblock, array_like=True, frozen=True, gc=False, kw_only=True, tag="cache"
 ):
-    """A cache's. New fields go to the end and have defaults."""
+    """The superblock of a cache. New fields go to the end and have defaults."""
 
     block_size: int
     origin_size: int
@@ -140,7 +140,7 @@ class CacheSuperblock(
 
     @property
     def policy(self) -> PolicyIdentity:
-        """Whose the hints are."""
+        """The policy whose hints are stored."""
         return PolicyIdentity(self.policy_name, self.policy_version, self.hint_size)
 
 

@@ -46,7 +46,7 @@ INCOMPAT_KNOWN: Final = 0
 class CloneSuperblock(
     Superblock, array_like=True, frozen=True, gc=False, kw_only=True, tag="clone"
 ):
-    """A clone's. New fields go to the end and have defaults."""
+    """The superblock of a clone. New fields go to the end and have defaults."""
 
     region_size: int
     target_size: int

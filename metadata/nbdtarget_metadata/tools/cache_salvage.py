@@ -207,7 +207,7 @@ class _Arena:
         del self.values[nr_cblocks:], self.known[nr_cblocks:]
 
     def settle(self) -> Steps[list[str]]:
-        """Unmap what cannot be: see "doubtful" in the module head. Returns what a bug has left."""
+        """Unmap impossible blocks: see "doubtful" in the module head. Returns the faults that only a bug can leave."""
         lines = []
         values = self.values
         index = yield from OblockIndex.new(values)
@@ -236,7 +236,7 @@ class _Arena:
         return self.known[cblock], self._stated[cblock]
 
     def _enter(self, block: int) -> None:
-        """A block of the snapshot or the journal comes next."""
+        """Take the next block of the snapshot or the journal."""
         if not self._is_in_journal and block >= self._superblock.journal_block:
             self._is_in_journal = True
             # A block that stands in no record of a whole snapshot is unmapped.

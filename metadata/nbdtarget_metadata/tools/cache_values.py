@@ -42,7 +42,7 @@ _FLAGS: Final = (1 << OBLOCK_SHIFT) - 1
 
 
 class Fault(NamedTuple):
-    """Why the value of a cache block cannot be; `other` has the same origin block."""
+    """Why the value of a cache block is impossible; `other` has the same origin block."""
 
     cblock: int
     other: int | None

@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class BadRow(Exception):
-    """The row with this number, of those that were handed over, cannot be."""
+    """The row with this number, of those that were handed over, is impossible."""
 
     def __init__(self, nr: int, reason: str) -> None:
         super().__init__(nr, reason)

@@ -57,7 +57,7 @@ class Reporter:
         )
 
     def given_up(self, nr_blocks: int) -> None:
-        """The log says it."""
+        """Print nothing: the log says it."""
 
     def status(self, status: CacheStatus) -> None:
         self._display.show(describe_status(status))
@@ -125,7 +125,7 @@ class JsonReporter:
         print_event(event="failed", status=line)
 
     def stopping(self) -> None:
-        """`stopped` follows."""
+        """Print nothing: `stopped` follows."""
 
     def stopped(self, nr_dirty: int, nr_bytes: int) -> None:
         print_event(event="stopped", dirty_blocks=nr_dirty, dirty_bytes=nr_bytes)

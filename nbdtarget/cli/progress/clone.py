@@ -96,7 +96,7 @@ class JsonReporter:
         print_event(event="source_changed", reason=reason)
 
     def stopping(self) -> None:
-        """The process says nothing more."""
+        """Print nothing: the process ends without another message."""
 
 
 def clone_reporter(

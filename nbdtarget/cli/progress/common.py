@@ -116,7 +116,7 @@ class Nowhere:
 
 
 class Lines:
-    """For a log file: a line at once, and then one in each period in which the words have changed."""
+    """Prints lines for a log file: one at once, and then one in each period in which the words have changed."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
@@ -131,7 +131,7 @@ class Lines:
             say(line)
 
     def stop(self) -> None:
-        """A line stays where it is."""
+        """Do nothing: the lines stay as they are."""
 
 
 def is_terminal() -> bool:

@@ -101,7 +101,7 @@ async def hand_over(giving: Giving, argv: Sequence[str]) -> subprocess.Popen[byt
 async def _give(
     giving: Giving, channel: Channel, process: subprocess.Popen[bytes]
 ) -> None:
-    """From the moment when clients are held back. Raises: NbdTargetError: it has been undone."""
+    """Do the hand-over from the moment when clients are held back. Raises: NbdTargetError: it has been undone."""
     parking = giving.parking()
     await parking.flush_ahead()
     begun_ns = monotonic_ns()

@@ -99,7 +99,7 @@ class HelperDevice(NbdDevice):
         return connections
 
     def _give_up(self, reason: str) -> None:
-        """Never read from the image again: it is not what it was."""
+        """Never read from the image again, because it has changed."""
         self.changed = reason
         log.error("%s: %s; nothing more is read from it", self.name, reason)
         self.give_up_for_good()

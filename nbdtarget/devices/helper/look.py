@@ -72,7 +72,7 @@ async def look(
 
 
 async def _outputs(process: Process) -> tuple[bytes, bytes]:
-    """Its output and its errors, up to a bound; then wait for its end."""
+    """Read the output and the errors of a program, up to a bound; then wait for its end."""
     assert process.stdout is not None
     assert process.stderr is not None
     output, errors = await asyncio.gather(

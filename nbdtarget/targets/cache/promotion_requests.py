@@ -97,7 +97,7 @@ class PromotionRequests:
             yield cblock if held is not None and begin <= held < end else None
 
     def _unpin_ranges(self, begin: int, end: int) -> None:
-        """Of what is not cached yet: these oblocks are still requested, but are not pinned then."""
+        """Change requests for blocks that are not cached yet: these oblocks are still requested, but will not be pinned."""
         ranges: deque[list[int]] = deque()
         for first, last, pin in self._ranges:
             cuts = sorted(

@@ -69,7 +69,7 @@ def status_line(blocks: Blocks, *, discard_passdown: bool) -> str:
 
 
 def status_fields(blocks: Blocks, *, discard_passdown: bool) -> StatusFields:
-    """As the line, by name and with units; and what it has no place for. In every mode."""
+    """Return the facts of the status line by name and with units, and those without a place in it. Works in every mode."""
     metadata, options, policy = blocks.metadata, blocks.options, blocks.policy
     statistics = metadata.statistics
     nr_hits = statistics.read_hits + statistics.write_hits

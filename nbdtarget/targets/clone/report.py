@@ -70,7 +70,7 @@ def status_fields(
     discard_passdown: bool,
     then_linear: bool,
 ) -> StatusFields:
-    """As the line, by name and with units; and the errors. In every mode."""
+    """Return the facts of the status line by name and with units, and the errors. Works in every mode."""
     metadata = regions.metadata
     nr_failed, retry_in_s = _failed(regions, hydration, hydrator)
     return {

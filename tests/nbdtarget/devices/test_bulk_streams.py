@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the chunks of a bulk copy need not begin any more."""
+"""A bulk copy that has failed, or that no caller waits for, begins no further chunks."""
 
 import asyncio
 import errno

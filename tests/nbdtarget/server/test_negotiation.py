@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may attach to what, seen by a client."""
+"""The rules of which client may attach to which export, seen by a client."""
 
 import logging
 import os

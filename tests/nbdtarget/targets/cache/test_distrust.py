@@ -201,7 +201,7 @@ async def test_write_that_the_origin_fails_does_not_make_an_old_copy_count(
 async def test_flush_that_fails_after_a_block_has_become_dirty_is_no_success(
     lab: CacheLab,
 ) -> None:
-    """When it began, nothing rested on it; now the copy counts, and it may not be there."""
+    """When the flush began, no data depended on it. Now the cached copy counts, and it may be lost."""
     await cached(lab, A)
     await lab.write_part(A, at=0)
     lab.hold("c", OP_FLUSH)

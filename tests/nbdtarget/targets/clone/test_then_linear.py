@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a clone asks for `linear` in its place."""
+"""A clone asks for `linear` in its place when it is complete, and not before."""
 
 import errno as errnos
 
