@@ -287,12 +287,12 @@ def _breaches(find: Callable[[Facts], list[str]]) -> dict[str, list[str]]:
 
 
 def test_tests_wait_for_what_is_sure_to_come() -> None:
-    """Else they fail without a fault in the product: take PATIENCE_S of `tests/support/patience.py`."""
+    """Short limits fail on a busy machine, without a fault of the product: take PATIENCE_S of `tests/support/patience.py`."""
     assert _breaches(lambda facts: facts.limits) == {}
 
 
 def test_no_test_counts_how_often_it_looks() -> None:
-    """How long that is depends on the machine: take `until` or `attempts` of `tests/support/patience.py`."""
+    """The duration of such a wait depends on the machine: take `until` or `attempts` of `tests/support/patience.py`."""
     assert _breaches(lambda facts: facts.waits) == {}
 
 

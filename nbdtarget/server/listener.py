@@ -121,7 +121,7 @@ class Listener:
         self._addresses: dict[int, str] = {}  # what was asked for, by descriptor
         self._unix_sockets: list[UnixSocket] = []
         self._access = access
-        # And where each comes from. In the order of accepting, in which a shutdown tells them.
+        # The connections, and the origin of each, in the order of accepting, in which a shutdown tells them.
         self._connections: dict[Connection, str] = {}
         self._shaking: dict[Connection, None] = {}  # may hold some that are attached
         self._admission = Admission(self._limits)

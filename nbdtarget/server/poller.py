@@ -91,7 +91,7 @@ class Lateness:
         return self._skip
 
     def note_hits(self, nr: int) -> None:
-        """So many looks have found something, and none came back very late."""
+        """Note that this many looks have found something, and that none came back very late."""
         self._nr_hits += nr
         if self._nr_hits >= LATE_FORGIVEN:
             self._nr_hits = 0

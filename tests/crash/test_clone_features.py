@@ -81,7 +81,7 @@ class FeatureDriver(Driver):
     counts: Counter[str]
 
     def cache_beside(self, offset: int, length: int) -> None:
-        """Send a CACHE, and write into its range while it runs."""
+        """Send a CACHE without waiting for it, so that later steps write into its range."""
 
         def ended(bio: Bio) -> None:
             if self.in_flight.pop(bio, None) is not None:

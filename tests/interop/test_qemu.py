@@ -82,7 +82,7 @@ def test_qemu_img_compares_equal_to_the_source(
     shared: CloneUnderTest,
 ) -> None:
     raw = ["-f", "raw", "-F", "raw"]
-    # Both share the lock: our server and qemu-img each keep writers away from the source.
+    # -U shares the image: our server locks the source against writers, and qemu-img would do so, too.
     said = client("qemu-img", "compare", "-U", *raw, shared.uri, shared.source)
     assert "identical" in said
 

@@ -247,7 +247,7 @@ class Client:
                     break
                 self._issue()
                 if self._random.random() < self._habits.think:
-                    # So long that a server may go and come back without its noticing.
+                    # The pause is so long that a server may go and come back unnoticed.
                     longest_s = self._habits.think_s * (8 if self.life.backends else 1)
                     await asyncio.sleep(self._random.random() * longest_s)
             await self.disconnect()

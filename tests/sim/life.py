@@ -562,7 +562,7 @@ class Life:
     async def _be_quiet(
         self, cache: CacheWatch, operator: "asyncio.Task[None] | None"
     ) -> None:
-        """All clients are done: see that a cache that has nothing to do does nothing."""
+        """Check that an idle cache does no I/O, after all clients are done."""
         if operator is not None:
             await asyncio.wait([operator], timeout=self.plan.afterwards_s)
         if not self.may_fail and (operator is None or operator.done()):

@@ -230,7 +230,7 @@ class Operator:
             await self._verbs.resume(m.Resume(name))
 
     async def _cure(self) -> None:
-        """All servers are back: the same table, loaded again, makes everything well."""
+        """Load the same table again after all servers are back: then everything must work."""
         life = self._life
         if not life.is_hurt or not life.are_backends_well:
             return

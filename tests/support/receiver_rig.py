@@ -215,7 +215,7 @@ class Durable(Rig):
         return self.syncer.take()
 
     def until_alone(self) -> None:
-        """Until the next durable request is expected, of a client that is alone."""
+        """Send requests until the next durable request is expected, of a client that is alone."""
         for _ in range(STREAK):
             self.call(request(FLUSH, 0, 0))
         assert len(self.flushed) == STREAK

@@ -46,7 +46,7 @@ def test_every_crash_image_opens_at_an_acknowledged_state(
 
 
 def test_workload_overtakes_compactions() -> None:
-    # Else the rarest way through `_plan` would go untested.
+    # Otherwise the rarest way through `_plan` would not be tested.
     world = CloneWorkload(OVERTAKING_SEED, lazy=True)
     world.run(NR_EVENTS)
     assert world.nr_overtaken > 0

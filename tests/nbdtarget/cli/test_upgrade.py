@@ -125,7 +125,7 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
     assert server.child.wait(PATIENCE_S) == 0
     assert b"\nnbdtarget_devices 1\n" in get(metrics, "/metrics")
-    # And the new process keeps events, too.
+    # The new process keeps events, too.
     events = ControlClient(control).ask("events", Events(since=0), EventsAnswer)
     assert events.last > 0
     stop_stranger(pid)

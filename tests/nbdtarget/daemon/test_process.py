@@ -12,7 +12,7 @@ from nbdtarget.daemon import process
 
 
 def test_full_collections_leave_out_what_was_imported() -> None:
-    # Else each of them stops the loop for milliseconds.
+    # Otherwise each of them would stop the loop for milliseconds.
     frozen: list[int] = []
 
     async def main() -> None:

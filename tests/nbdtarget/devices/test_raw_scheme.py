@@ -31,7 +31,7 @@ async def test_device_knows_itself_by_its_path(tmp_path: Path) -> None:
     assert device.name == f"raw:{path}"
     evidence = await device.identify("source")
     assert evidence.name == str(path)
-    # So does one that is opened beside it, because it is latched.
+    # A device that takes its place, for example because it is latched, knows its path, too.
     again = await device.reopened(f"raw:{path}", read_only=False)
     assert again is not None
     assert (await again.identify("source")).name == str(path)

@@ -118,7 +118,7 @@ async def test_same_line_loaded_and_resumed_cures_it(
     await device.flush()
     assert bytes(await device.read(4096, 6)) == b"before"
     assert bytes(await device.read(8192, 5)) == b"after"
-    # And once more, now that all is well: nothing is opened again.
+    # The table is loaded once more, now that all is well: no disk is opened again.
     below = set(registry.opens.lower_devices(device))
     await registry.load("d", table)
     await registry.resume("d")

@@ -24,7 +24,7 @@ NR_EXACT: Final = 1000  # a second, and at most saved up
 US: Final = 1000
 SECOND: Final = 10**9
 MAX_GAP: Final = 31  # batches between two that are timed
-# So long has no batch of a test taken.
+# No batch of a test takes so long.
 USUAL_NS: Final = 10**15
 ONE_READ: Final = request(READ, 0, 512)
 ONE_WRITE: Final = request(WRITE, 4096, 512, bytes(512))
@@ -59,7 +59,7 @@ def test_one_of_about_sixteen_is_timed_while_the_server_is_busy() -> None:
     sampled = (nr - exact) / 16.5
     assert 0.95 * (exact + sampled) < sum(chosen) < 1.05 * (exact + sampled)
     gaps = "".join("x" if each else "." for each in chosen).split("x")
-    # So soon it is seen that the server is not busy any more.
+    # After so many batches at most, the plane notices that the server is not busy any more.
     assert max(map(len, gaps)) == MAX_GAP
 
 

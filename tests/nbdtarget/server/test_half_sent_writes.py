@@ -116,7 +116,7 @@ async def test_a_client_costs_little_before_it_is_attached(served: Served) -> No
 async def test_a_client_that_does_not_take_its_answers_is_not_read_from(
     served: Served,
 ) -> None:
-    """Else a few options of 20 bytes, each answered with a long list, would take any memory."""
+    """Otherwise a few options of 20 bytes, each answered with a long list, would take unbounded memory."""
     for nr in range(2000):
         served.directory.devices[f"{nr:030}"] = served.disk
     served.limits = replace(served.limits, socket_buffer=64 << 10)
@@ -138,7 +138,7 @@ async def test_a_client_that_does_not_take_its_answers_is_not_read_from(
 async def test_a_connection_gives_its_memory_back_when_it_ends(
     served: Served, says_disc: bool
 ) -> None:
-    """Not at the next full garbage collection: 200 connections were a gigabyte until then."""
+    """The memory must not wait for the next full garbage collection: until then 200 connections were a gigabyte."""
     listener = await served.start()
     peer = await served.attach()
     (connection,) = listener._connections

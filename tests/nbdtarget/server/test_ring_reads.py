@@ -56,7 +56,7 @@ class Held:
         await until(lambda: self.reader.ring.nr_reads >= nr)
 
     async def until_ended(self) -> None:
-        """Until the kernel tells that reads have ended."""
+        """Wait until the kernel tells that reads have ended."""
         event_fd = self.reader.ring.event_fd
         await until(lambda: bool(select.select([event_fd], [], [], 0)[0]))
 

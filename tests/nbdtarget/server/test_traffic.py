@@ -95,7 +95,7 @@ async def test_each_request_counts_once(site: Site, table: str) -> None:
     assert client.device is device
     assert counted(client.traffic) == expected
 
-    # And when the connection has ended.
+    # The numbers stay when the connection has ended.
     await until_gone(site, peer)
     assert site.listener.clients() == []
     assert counted(accounts.of(device)) == expected

@@ -119,7 +119,7 @@ async def test_header_that_a_client_has_written_to_a_clone_is_its_own_affair() -
     await rig.stop()
     rig.ctx.shared(rig.metadata).clear()
     await rig.restart()
-    # Nor does it matter to a table that is loaded while the clone is in use.
+    # The header does not matter either to a table that is loaded while the clone is in use.
     beside = await CloneTarget.ctr(rig.ctx, rig.words)
     await beside.dtr()
     await rig.stop()

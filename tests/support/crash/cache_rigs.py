@@ -211,7 +211,7 @@ class CacheRig(_RegistryRig):
             await super().resume()
 
     def _check_refusal(self, error: TableError, before: CacheTarget | None) -> None:
-        """Only passthrough is refused, not without a reason, and everything is as it was."""
+        """Check that only passthrough is refused, that there is a reason, and that nothing has changed."""
         assert self.maybe_target() is before
         table = self._registry.get("d").inactive
         assert table is not None
@@ -304,7 +304,7 @@ class WritethroughRig(CacheRig):
 
 
 class PassthroughRig(CacheRig):
-    """A cache that switches between writeback and passthrough, which invalidates cached blocks one by one."""
+    """A cache whose reloads enter passthrough from other modes. Passthrough invalidates their blocks one by one."""
 
     tables = (
         cache_table(PASSTHROUGH),

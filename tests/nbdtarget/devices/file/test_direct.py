@@ -207,7 +207,7 @@ async def test_failed_write_latches_unless_for_want_of_space(
 async def test_unit_that_cannot_be_read_fails_the_write_into_it(
     device: DirectDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what lies around it would be overwritten with anything."""
+    """Otherwise the data around the write would be overwritten with arbitrary bytes."""
     await device.write(0, b"a" * 4096)
 
     def fail(*_: object) -> int:

@@ -152,7 +152,7 @@ async def test_close_waits_for_what_a_thread_finishes(device: FileDevice) -> Non
 
 
 async def test_close_waits_for_reads_of_the_compiled_path(device: FileDevice) -> None:
-    """Also where no table waits any more, because it has failed."""
+    """A table that has failed does not wait for its reads any more, but `close` does."""
     device._note_ring_reads(2)
     closing = asyncio.create_task(device.close())
     await asyncio.sleep(0)

@@ -265,7 +265,7 @@ VERSIONS = {
 
 @pytest.mark.parametrize("kind", OBJECT_KINDS)
 async def test_version_is_pinned(kind: str) -> None:
-    """Also where the ETag stays the same: a generation of Google's, for example, is new with each upload."""
+    """The version is compared even if the ETag stays the same: a generation of Google's, for example, is new with each upload."""
     async with ImageServer(IMAGE) as server:
         version = "1700000000000001"
         server.behave = lambda _, answer: answer.headers.update(

@@ -206,7 +206,7 @@ def test_long_history_of_a_full_cache(
     """Long histories, which hypothesis does not make: full caches, and periods that end under load."""
     rng = random.Random(nr_cblocks)
     machine = SmqMachine()
-    # So few that LRU takes the lead several times.
+    # The lead is so short that LRU takes it several times.
     monkeypatch.setattr(lru_shadow, "LEAD_MIN", 8)
     machine.create(nr_cblocks, kind, [], False)
     machine.plain.lru_lead_min = 8
