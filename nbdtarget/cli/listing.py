@@ -257,7 +257,7 @@ def ls(
             "-o",
             "--options",
             metavar="OPTIONS",
-            help="What to print for each device: devno, devname or blkdevname. With --tree: "
+            help="The form of each device: devno, devname or blkdevname. With --tree: "
             + ", ".join(OPTIONS)
             + ".",
         ),

@@ -92,7 +92,7 @@ class BelowLine(Answer):
     losses: Losses = 0
     remote: Annotated[
         Remote | None,
-        told("What it has cost; null: it is no disk of another machine."),
+        told("Requests and time of a disk of another machine; null: it is none."),
     ] = None
 
 

@@ -74,7 +74,7 @@ class TargetFigures(Answer):
     type: Annotated[str, told("Type of the target.")]
     fields: Annotated[
         dict[str, bool | int | float | str | None],
-        told("What the target says, as in its status."),
+        told("The fields of the target's status."),
     ]
 
 
@@ -195,7 +195,7 @@ class Event(Answer):
     time_s: Annotated[float, told("When it happened, in Unix time.")]
     level: Annotated[str, told("`info`, `warning`, `error` or `critical`.")]
     device: Annotated[str, told("Device that it is about; empty: another thing.")]
-    text: Annotated[str, told("What happened.")]
+    text: Annotated[str, told("The event in words.")]
 
 
 class EventsAnswer(Answer):

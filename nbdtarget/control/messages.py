@@ -108,8 +108,8 @@ Directory = Annotated[
 Permissions = Annotated[
     tuple[Permission, ...],
     told(
-        "What is allowed although it would be refused: `overwrite` data on a disk, a disk that has"
-        " `moved`, or an `other-disk` than the one the metadata names."
+        "Actions that are allowed although they would be refused: `overwrite` data on a disk, take a disk that"
+        " has `moved`, or an `other-disk` than the one the metadata names."
     ),
 ]
 Timeout = Annotated[
@@ -125,7 +125,7 @@ Inactive = Annotated[bool, told("Answer for the inactive tables, not the live on
 class Failure(Answer):
     """The verb has failed."""
 
-    reason: Annotated[str, told("What was wrong, in one line.")]
+    reason: Annotated[str, told("The reason, in one line.")]
     errno: Annotated[
         int, told("Positive errno, as device-mapper's ioctl would return it.")
     ]
@@ -275,7 +275,7 @@ class MessageAnswer(Answer):
     """The answer of the target."""
 
     text: Annotated[
-        str | None, told("What the target answers; null: nothing. It may have lines.")
+        str | None, told("The answer of the target, which may have lines; null: none.")
     ]
 
 
@@ -328,8 +328,8 @@ class TableLine(Answer):
     params: Annotated[
         str,
         told(
-            "What follows the type, as device-mapper prints it: the arguments of a table, the words of a"
-            " status."
+            "The words after the type, as device-mapper prints them: the arguments of a table, or the words of"
+            " a status."
         ),
     ]
     fields: Annotated[
@@ -413,10 +413,12 @@ class InfoLine(Answer):
         told("The disks that the live table uses, directly or through other tables."),
     ] = ()
     losses: Losses = 0
-    rotational: Annotated[bool, told("What clients are told.")] = False
+    rotational: Annotated[bool, told("Clients are told that the disk has to seek.")] = (
+        False
+    )
     said_rotational: Annotated[
         bool | None,
-        told("What the user has said about it; null: it is as the disks below are."),
+        told("The user's own setting; null: it is as the disks below are."),
     ] = None
     geometry: Annotated[
         tuple[int, int, int, int] | None,
@@ -450,7 +452,7 @@ class DevicesAnswer(Answer):
 
 
 class Access(Request):
-    """Nothing is to be said."""
+    """A request without fields."""
 
 
 class ExportAccess(Answer):
@@ -464,7 +466,7 @@ class ExportAccess(Answer):
 
 
 class AccessAnswer(Answer):
-    """Who may attach to what."""
+    """The rules of all exports: which clients may attach to them."""
 
     exports: Annotated[
         tuple[ExportAccess, ...],
@@ -479,7 +481,7 @@ class AccessAnswer(Answer):
 
 
 class SetAccess(Request):
-    """Who may attach to an export, whether it exists already or not."""
+    """The rules of an export, whether it exists already or not."""
 
     name: Name
     rules: Annotated[
@@ -491,7 +493,7 @@ class SetAccess(Request):
 
 
 class Targets(Request):
-    """Nothing is to be said."""
+    """A request without fields."""
 
 
 class TargetType(Answer):
@@ -520,14 +522,14 @@ class Uncache(Request):
 
 
 class UncacheAnswer(Answer):
-    """It has ended, or is told to."""
+    """The job has ended, or was told to end."""
 
     is_done: Annotated[bool, told("The origin alone is the disk now.")]
     text: Annotated[str, told("The same in words.")]
 
 
 class Upgrade(Request):
-    """Nothing is to be said."""
+    """A request without fields."""
 
 
 class UpgradeAnswer(Answer):
@@ -537,11 +539,11 @@ class UpgradeAnswer(Answer):
 
 
 class Version(Request):
-    """Nothing is to be said."""
+    """A request without fields."""
 
 
 class VersionAnswer(Answer):
-    """The server."""
+    """The version and the addresses of the server."""
 
     version: Annotated[str, told("Version of the server.")]
     pid: Annotated[int, told("Process number of the server.")]

@@ -52,7 +52,7 @@ def openapi() -> dict[str, Any]:
             "schemas": dict(sorted(components.items())),
             "responses": {
                 "Failure": {
-                    "description": "What was wrong, with a positive errno.",
+                    "description": "The reason of the failure, with a positive errno.",
                     "content": _json(references[m.Failure], FAILURE),
                 }
             },

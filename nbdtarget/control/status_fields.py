@@ -35,7 +35,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CloneFields(Fields):
-    """Of a `clone`."""
+    """The fields of a `clone`."""
 
     mode: Mode
     metadata_block_size_sectors: MetadataBlockSize
@@ -54,7 +54,9 @@ class CloneFields(Fields):
     hydration_rate_bytes_per_s: Annotated[
         int, told("Most bytes a second that the background copies; 0: no limit.")
     ]
-    hydrate_on_read: Annotated[bool, told("What clients read is copied first.")]
+    hydrate_on_read: Annotated[
+        bool, told("Regions that clients read are copied first.")
+    ]
     discard_passdown: DiscardPassdown
     then_linear: Annotated[
         bool, told("A linear target takes the place of the clone when all is copied.")
@@ -93,7 +95,7 @@ class CloneFields(Fields):
 
 
 class CacheFields(Fields):
-    """Of a `cache`."""
+    """The fields of a `cache`."""
 
     mode: Mode
     needs_check: Annotated[
@@ -115,9 +117,7 @@ class CacheFields(Fields):
     ]
     written_back_bytes: Annotated[
         int,
-        told(
-            "What was copied to the origin because it was dirty, since the table was loaded."
-        ),
+        told("Dirty data that was copied to the origin since the table was loaded."),
     ]
     demotions: Annotated[int, told("Blocks removed from the cache to make room.")]
     promotions: Annotated[int, told("Blocks copied into the cache.")]
@@ -125,7 +125,7 @@ class CacheFields(Fields):
     dirty_blocks: Annotated[int, told("Blocks that are newer than the origin.")]
     dirty_bytes: Annotated[int, told("The same in bytes.")]
     pinned_blocks: Annotated[int, told("Blocks that stay in the cache (`pin`).")]
-    discarded_bytes: Annotated[int, told("What clients have discarded.")]
+    discarded_bytes: Annotated[int, told("The part that clients have discarded.")]
     metadata2: Annotated[bool, told("The table has the feature `metadata2`.")]
     discard_passdown: DiscardPassdown
     dirty_log: Annotated[bool, told("Blocks are recorded before they become dirty.")]
@@ -155,7 +155,7 @@ class CacheFields(Fields):
 
 
 class StripedFields(Fields):
-    """Of a `striped`."""
+    """The fields of a `striped`."""
 
     nr_stripes: Annotated[int, told("Stripes.")]
     nr_failed_stripes: Annotated[int, told("Stripes on disks that have failed.")]
@@ -163,7 +163,7 @@ class StripedFields(Fields):
 
 
 class DelayFields(Fields):
-    """Of a `delay`."""
+    """The fields of a `delay`."""
 
     nr_reads_waiting: Annotated[int, told("Reads that are held back now.")]
     nr_writes_waiting: Annotated[int, told("Writes that are held back now.")]
@@ -171,7 +171,7 @@ class DelayFields(Fields):
 
 
 class DustFields(Fields):
-    """Of a `dust`."""
+    """The fields of a `dust`."""
 
     fails_reads_of_bad_blocks: Annotated[bool, told("Reads of bad blocks fail.")]
     nr_bad_blocks: Annotated[int, told("Bad blocks.")]
@@ -179,7 +179,7 @@ class DustFields(Fields):
 
 
 class LogWritesFields(Fields):
-    """Of a `log-writes`."""
+    """The fields of a `log-writes`."""
 
     nr_logged_entries: Annotated[int, told("Entries in the log.")]
     highest_sector: Annotated[int, told("Last sector of the log that is in use.")]
@@ -187,7 +187,7 @@ class LogWritesFields(Fields):
 
 
 class PowercutFields(Fields):
-    """Of a `powercut`."""
+    """The fields of a `powercut`."""
 
     power_is_on: Annotated[bool, told("The power is on.")]
     nr_writes_at_risk: Annotated[int, told("Writes that no flush has covered.")]
@@ -196,9 +196,11 @@ class PowercutFields(Fields):
 
 
 class ScratchFields(Fields):
-    """Of a `scratch`."""
+    """The fields of a `scratch`."""
 
-    written_bytes: Annotated[int, told("What was written since the last reset.")]
+    written_bytes: Annotated[
+        int, told("The data that was written since the last reset.")
+    ]
     max_bytes: Annotated[int, told("How much may be written at most.")]
     nr_resets: Annotated[int, told("Resets so far.")]
 
