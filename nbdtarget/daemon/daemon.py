@@ -51,6 +51,7 @@ from msgspec.structs import replace
 
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.heap import LEFT_ALONE, Heap
 from nbdtarget.common.unix_socket import (
     SocketOptions,
     remove_if_stale,
@@ -82,7 +83,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.listener import Listener, export_uri, leave_heap
+from nbdtarget.server.listener import Listener, export_uri
 
 if TYPE_CHECKING:
     from nbdtarget.config.file import Config
@@ -129,9 +130,9 @@ class Daemon:
         security: Security | None = None,
         notifier: Notifier | None = None,
         metrics: MetricsOptions = NO_METRICS,
-        trim: Callable[[], None] = leave_heap,
+        heap: Heap = LEFT_ALONE,
     ) -> None:
-        """Args: trim: gives free pages of the heap back to the system; for a process that is ours.
+        """Args: heap: is trimmed when clients have ended; for a process that is ours.
 
         Raises: NbdTargetError: `metrics` is no address, `sockets` has a mode, an owner or a group that is none.
         """
@@ -151,7 +152,7 @@ class Daemon:
             access=self.listen_access,
             tls=self.security.tls,
             rules=self.security.rules,
-            trim=trim,
+            heap=heap,
         )
         self._reports = ServiceReports(
             self.notifier,

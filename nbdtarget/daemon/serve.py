@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.heap import trim_heap
+from nbdtarget.common.heap import HEAP
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
 from nbdtarget.control.paths import (
     control_address,
@@ -90,7 +90,7 @@ async def serve_until_stopped(
         _sockets_of(options, config),
         security_of(options.security, config),
         metrics=_metrics_of(options, config),
-        trim=trim_heap,
+        heap=HEAP,
     )
     if config is not None:
         daemon.take_helpers(config)

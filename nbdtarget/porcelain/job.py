@@ -24,7 +24,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from nbdtarget.common.errors import NbdTargetError, TableError
-from nbdtarget.common.heap import trim_heap
+from nbdtarget.common.heap import HEAP
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.control.paths import (
@@ -134,7 +134,7 @@ class Job(Generic[P]):
             sockets=sockets,
             metrics=metrics,
             security=Security(security),
-            trim=trim_heap,
+            heap=HEAP,
         )
         self._has_failed = False
 

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.heap import trim_heap
+from nbdtarget.common.heap import HEAP
 from nbdtarget.common.permissions import permissions
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
@@ -166,7 +166,7 @@ class ScratchJob:
             sockets=options.sockets,
             metrics=options.metrics,
             security=Security(options.security),
-            trim=trim_heap,
+            heap=HEAP,
         )
 
     async def run(self) -> int:

@@ -32,6 +32,7 @@ from urllib.parse import quote
 from nbdtarget.common.access import AccessRules
 from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
+from nbdtarget.common.heap import LEFT_ALONE, Heap
 from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.common.tls_socket import TlsSocket
@@ -63,7 +64,7 @@ from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget.server.traffic import Accounts, Client
 from nbdtarget_protocol.handshake import TlsMode
 
-__all__ = ["Listener", "export_uri", "leave_heap"]
+__all__ = ["Listener", "export_uri"]
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,6 @@ def export_uri(pattern: str, name: str = "") -> str:
     return pattern.replace("{name}", quote(name, safe=""))
 
 
-def leave_heap() -> None:
-    """Leave the heap as it is: the process belongs to a program that uses the API, or to tests."""
-
-
 class Listener:
     """Serves a directory's exports; see the module head.
 
@@ -91,7 +88,7 @@ class Listener:
         access: which users may connect to unix sockets.
         tls: of addresses that are started without one of their own.
         rules: who may attach to what; they may change while it serves.
-        trim: gives free pages of the heap back to the system; called when clients have ended.
+        heap: is trimmed when clients have ended; LEFT_ALONE if the process belongs to a program that uses the API, or to tests.
     """
 
     def __init__(
@@ -104,7 +101,7 @@ class Listener:
         access: SocketAccess = PRIVATE,
         tls: ListenerTls = NO_TLS,
         rules: AccessRules | None = None,
-        trim: Callable[[], None] = leave_heap,
+        heap: Heap = LEFT_ALONE,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
@@ -112,7 +109,7 @@ class Listener:
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
         self._pool = BufferPool(self._limits.pool_bytes_max)
-        self._spare_memory = SpareMemory(self._clock, self._pool, trim)
+        self._spare_memory = SpareMemory(self._clock, self._pool, heap)
         self._tls = tls
         self._rules = rules or AccessRules()
         self.accounts = Accounts()

@@ -8,22 +8,28 @@ this class looks each LOOK_S seconds:
     the pool   drops each buffer that has not been needed since the last look
     the heap   is trimmed, if the pool has dropped something or a connection has ended
 
-While the heap is trimmed, the event loop may wait for it (`heap.py`). So it is trimmed only if no request came for QUIET_S. If one came, the next look
-tries again.
+The heap of the event loop is trimmed at once, whatever clients do: in steps that are short, with STEP_S between two of them, in which the
+loop serves (`heap.py`). The heaps of other threads can be trimmed only as a whole, and what allocates may wait meanwhile. So that
+is done only if no request came for QUIET_S. If one came, the next look tries again.
+
+What stays is Python's own: its allocator gives 1 MiB back when no object is left in it, and a few of the objects that were made while many
+clients were there live on, for example in lists of objects for the next use.
 
 A server that serves nothing has no timer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from nbdtarget.common.activity import all_batches
 from nbdtarget.common.clock import Clock, Timer
+from nbdtarget.common.heap import Heap
 from nbdtarget.server.buffers import BufferPool
 
-__all__ = ["LOOK_S", "QUIET_S", "SpareMemory"]
+__all__ = ["LOOK_S", "QUIET_S", "STEP_S", "SpareMemory"]
 
 LOOK_S: Final = 10.0
+STEP_S: Final = 0.01
 QUIET_S: Final = 0.25
 
 
@@ -31,7 +37,7 @@ class SpareMemory:
     """See the module head.
 
     Args:
-        trim: gives free pages of the heap back.
+        heap: what is trimmed.
         nr_batches: how many batches of requests have been received; the number only grows.
     """
 
@@ -39,12 +45,13 @@ class SpareMemory:
         self,
         clock: Clock,
         pool: BufferPool,
-        trim: Callable[[], None],
+        heap: Heap,
         nr_batches: Callable[[], int] = all_batches,
     ) -> None:
-        self._clock, self._pool, self._trim = clock, pool, trim
+        self._clock, self._pool, self._heap = clock, pool, heap
         self._nr_batches = nr_batches
         self._nr_before = 0  # batches, when we began to look whether it is quiet
+        self._steps: Iterator[None] = iter(())
         self._is_trim_wanted = False
         self._has_ended = False  # a connection, since the last look
         self._timer: Timer | None = None
@@ -57,6 +64,7 @@ class SpareMemory:
     def close(self) -> None:
         """The listener is closed: the process ends, or gets its memory back by itself."""
         self._pool.begins_to_keep = _nothing
+        self._steps = iter(())  # what it held is freed
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -71,11 +79,22 @@ class SpareMemory:
         if nr_dropped or self._has_ended:
             self._has_ended = False
             self._is_trim_wanted = True
-        if self._is_trim_wanted:
-            self._nr_before = self._nr_batches()
-            self._timer = self._clock.call_later(QUIET_S, self._trim_if_quiet)
+            self._steps = self._heap.steps()
+            self._step()
+        elif self._is_trim_wanted:
+            self._await_quiet()
         elif self._pool.nr_kept_bytes:
             self._look_later()
+
+    def _step(self) -> None:
+        for _ in self._steps:
+            self._timer = self._clock.call_later(STEP_S, self._step)
+            return
+        self._await_quiet()
+
+    def _await_quiet(self) -> None:
+        self._nr_before = self._nr_batches()
+        self._timer = self._clock.call_later(QUIET_S, self._trim_if_quiet)
 
     def _trim_if_quiet(self) -> None:
         self._timer = None
@@ -84,7 +103,7 @@ class SpareMemory:
         if self._is_trim_wanted or self._has_ended or self._pool.nr_kept_bytes:
             self._look_later()
         if is_quiet:
-            self._trim()
+            self._heap.trim()
 
 
 def _nothing() -> None:

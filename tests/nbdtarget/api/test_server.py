@@ -11,9 +11,9 @@ from nbdtarget.api.hosts import OwnHost
 from nbdtarget.api.nbd_client import NbdError
 from nbdtarget.api.server import Server, table_line
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.heap import LEFT_ALONE
 from nbdtarget.control.client import NoServerError
 from nbdtarget.control.status_fields import CacheFields, CloneFields
-from nbdtarget.server.listener import leave_heap
 
 MIB = 1 << 20
 
@@ -54,7 +54,7 @@ async def test_heap_of_the_program_that_has_a_server_is_left_alone() -> None:
         host = server._host
         assert isinstance(host, OwnHost)
         assert host._daemon is not None
-        assert host._daemon._listener._spare_memory._trim is leave_heap
+        assert host._daemon._listener._spare_memory._heap is LEFT_ALONE
 
 
 async def test_disk_is_as_large_as_the_file_below(tmp_path: Path) -> None:

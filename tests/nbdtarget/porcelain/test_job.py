@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nbdtarget.common.heap import trim_heap
+from nbdtarget.common.heap import HEAP
 from nbdtarget.porcelain.cache import CacheJob, CacheOptions
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions
 from nbdtarget.porcelain.job import Job
@@ -65,7 +65,7 @@ def cache_job(recorder: Any) -> Job[Any]:
 async def test_heap_of_a_job_s_process_is_trimmed(
     recorder: Recorder, make: Callable[[Recorder], Job[Any]]
 ) -> None:
-    assert make(recorder)._daemon._listener._spare_memory._trim is trim_heap
+    assert make(recorder)._daemon._listener._spare_memory._heap is HEAP
 
 
 @pytest.mark.parametrize("make", [clone_job, cache_job])

@@ -1,34 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that clients have used is given back to the system when they do not need it any more."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import pytest
 
+from nbdtarget.common.heap import HEAP, Heap
 from nbdtarget.server.buffers import Buffer, BufferPool
-from nbdtarget.server.spare_memory import LOOK_S, QUIET_S, SpareMemory
+from nbdtarget.server.spare_memory import LOOK_S, QUIET_S, STEP_S, SpareMemory
 from tests.support.clock import SimClock
 
 KIB = 1 << 10
 MIB = 1 << 20
 
 
+class CountedHeap(Heap):
+    """Counts what is done to it.
+
+    Attributes:
+        nr_trims: as a whole.
+        nr_rounds: trimmed in steps; each has `nr_steps`.
+        nr_left: steps of the last round that are to come.
+    """
+
+    def __init__(self) -> None:
+        self.nr_trims = self.nr_rounds = self.nr_steps = self.nr_left = 0
+
+    def steps(self) -> Iterator[None]:
+        self.nr_rounds += 1
+        self.nr_left = self.nr_steps
+        while self.nr_left:
+            self.nr_left -= 1
+            yield
+
+    def trim(self) -> None:
+        self.nr_trims += 1
+
+
 class Memory:
-    """A pool that is looked after, and how often the heap was trimmed."""
+    """A pool that is looked after, and a heap."""
 
     def __init__(self) -> None:
         self.clock = SimClock()
         self.pool = BufferPool(32 * MIB)
-        self.nr_trims = 0
+        self.heap = CountedHeap()
         self.nr_batches = 0
         self.spare = SpareMemory(
-            self.clock, self.pool, self.trim, lambda: self.nr_batches
+            self.clock, self.pool, self.heap, lambda: self.nr_batches
         )
 
     @property
     def has_timer(self) -> bool:
         return any(not timer.cancelled for _, _, timer in self.clock._timers)
 
-    def trim(self) -> None:
-        self.nr_trims += 1
+    @property
+    def nr_trims(self) -> int:
+        return self.heap.nr_trims
 
     def take(self, nr: int, length: int = 64 * KIB) -> list[Buffer]:
         half = nr // 2
@@ -98,6 +127,81 @@ def test_heap_is_not_trimmed_while_requests_come(memory: Memory) -> None:
     assert not memory.has_timer
 
 
+def test_heap_is_trimmed_in_steps_while_requests_come(memory: Memory) -> None:
+    memory.heap.nr_steps = 5
+    memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S)
+    for left in (4, 3, 2, 1, 0, 0):
+        assert memory.heap.nr_left == left  # one step at a time
+        memory.nr_batches += 1
+        memory.clock.advance(STEP_S)
+    for _ in range(5):
+        memory.nr_batches += 1
+        memory.clock.advance(QUIET_S)
+        memory.clock.advance(LOOK_S)
+    assert memory.heap.nr_rounds == 1
+    assert memory.nr_trims == 0
+    memory.spare.connection_ended()
+    memory.nr_batches += 1
+    memory.clock.advance(QUIET_S)
+    memory.clock.advance(LOOK_S)
+    assert memory.heap.nr_rounds == 2
+
+
+def test_client_that_ends_between_two_steps_is_looked_after(memory: Memory) -> None:
+    memory.heap.nr_steps = 5
+    memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S + 2 * STEP_S)
+    memory.spare.connection_ended()
+    memory.clock.advance(5 * STEP_S + QUIET_S)
+    assert memory.nr_trims == 1
+    memory.clock.advance(LOOK_S)
+    assert memory.heap.nr_rounds == 2
+
+
+def test_close_between_two_steps_ends_them(memory: Memory) -> None:
+    memory.heap.nr_steps = 5
+    memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S)
+    memory.spare.close()
+    assert not memory.has_timer
+    memory.clock.advance(LOOK_S)
+    assert memory.heap.nr_left == 4
+
+
+# Requests come all the time. Each piece of 64 KiB that is freed has a small one behind it, which stays.
+_BUSY = """
+from itertools import count
+from pathlib import Path
+from nbdtarget.common.heap import HEAP
+from nbdtarget.daemon.process import give_memory_back
+from nbdtarget.server.buffers import BufferPool
+from nbdtarget.server.spare_memory import LOOK_S, SpareMemory
+from tests.support.clock import SimClock
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) // 256
+
+give_memory_back()
+clock = SimClock()
+spare = SpareMemory(clock, BufferPool(0), HEAP, count().__next__)
+pieces = [(bytearray(b"x" * (64 << 10)), bytearray(1000)) for _ in range(640)]
+pieces = [small for _, small in pieces]
+high = resident_mib()
+spare.connection_ended()
+clock.advance(2 * LOOK_S)
+print(high - resident_mib())
+"""
+
+
+@pytest.mark.skipif(HEAP._maybe_mallinfo is None, reason="the C library is not glibc")
+def test_busy_server_gives_free_pages_of_its_heap_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BUSY], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) >= 30
+
+
 def test_client_that_ends_while_we_wait_for_quiet_is_looked_after(
     memory: Memory,
 ) -> None:
@@ -111,12 +215,12 @@ def test_client_that_ends_while_we_wait_for_quiet_is_looked_after(
 
 
 def test_pool_is_looked_after_though_the_heap_cannot_be_trimmed(
-    memory: Memory,
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
         raise RuntimeError("can't start new thread")
 
-    memory.spare._trim = fail
+    monkeypatch.setattr(memory.heap, "trim", fail)
     memory.spare.connection_ended()
     memory.give_back(memory.take(3))
     memory.clock.advance(LOOK_S)
