@@ -45,6 +45,7 @@ from nbdtarget.common.unix_socket import (
     take_unix_socket,
 )
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.file.buffers import ALIGNED_BUFFERS
 from nbdtarget.server.address import UnixAddress, VsockAddress, parse_address
 from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
@@ -109,7 +110,9 @@ class Listener:
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
         self._pool = BufferPool(self._limits.pool_bytes_max)
-        self._spare_memory = SpareMemory(self._clock, self._pool, heap)
+        self._spare_memory = SpareMemory(
+            self._clock, self._pool, heap, (ALIGNED_BUFFERS,)
+        )
         self._tls = tls
         self._rules = rules or AccessRules()
         self.accounts = Accounts()

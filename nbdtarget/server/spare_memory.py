@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SpareMemory`: memory that clients have needed goes back to the system when they have ended, or need it no more.
 
-Theory of operation. It stays resident in two places: in the `BufferPool`, whose buffers are kept for reuse, and in the heap of the C
-library, which keeps free pages between used ones. So for as long as the pool keeps something, and once after connections have ended,
-this class looks each LOOK_S seconds:
+Theory of operation. It stays resident in three places: in the `BufferPool`, whose buffers are kept for reuse; in the buffers that devices keep
+for reuse; and in the heap of the C library, which keeps free pages between used ones. So for as long as buffers are kept, and once after
+connections have ended, this class looks each LOOK_S seconds:
 
-    the pool   drops each buffer that has not been needed since the last look
-    the heap   is trimmed, if the pool has dropped something or a connection has ended
+    buffers    that have not been needed since the last look are dropped
+    the heap   is trimmed, if buffers were dropped or a connection has ended
 
-The heap of the event loop is trimmed at once, whatever clients do: in steps that are short, with STEP_S between two of them, in which the
-loop serves (`heap.py`). The heaps of other threads can be trimmed only as a whole, and what allocates may wait meanwhile. So that
-is done only if no request came for QUIET_S. If one came, the next look tries again.
+Devices' buffers are dropped, and the heap of the event loop is trimmed, whatever clients do: in steps that are short, with STEP_S between two
+of them, in which the loop serves (`heap.py`). The heaps of other threads can be trimmed only as a whole, and what allocates may wait
+meanwhile. So that is done only if no request came for QUIET_S. If one came, the next look tries again.
 
 What stays is Python's own: its allocator gives 1 MiB back when no object is left in it, and a few of the objects that were made while many
 clients were there live on, for example in lists of objects for the next use.
@@ -18,8 +18,8 @@ clients were there live on, for example in lists of objects for the next use.
 A server that serves nothing has no timer.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol
 
 from nbdtarget.common.activity import all_batches
 from nbdtarget.common.clock import Clock, Timer
@@ -31,6 +31,17 @@ __all__ = ["LOOK_S", "QUIET_S", "STEP_S", "SpareMemory"]
 LOOK_S: Final = 10.0
 STEP_S: Final = 0.01
 QUIET_S: Final = 0.25
+STEP_BUFFERS: Final = 16  # of devices, that are dropped in one step
+
+
+class Keeping(Protocol):
+    """Buffers that devices keep for reuse, such as `AlignedBuffers`."""
+
+    nr_kept_bytes: int
+
+    def take_spare(self) -> list[memoryview]:
+        """Keep those no more that nothing has needed since the last call, and return them."""
+        ...
 
 
 class SpareMemory:
@@ -38,6 +49,7 @@ class SpareMemory:
 
     Args:
         heap: what is trimmed.
+        kept: by devices.
         nr_batches: how many batches of requests have been received; the number only grows.
     """
 
@@ -46,9 +58,11 @@ class SpareMemory:
         clock: Clock,
         pool: BufferPool,
         heap: Heap,
+        kept: Sequence[Keeping] = (),
         nr_batches: Callable[[], int] = all_batches,
     ) -> None:
         self._clock, self._pool, self._heap = clock, pool, heap
+        self._kept = kept
         self._nr_batches = nr_batches
         self._nr_before = 0  # batches, when we began to look whether it is quiet
         self._steps: Iterator[None] = iter(())
@@ -76,15 +90,28 @@ class SpareMemory:
     def _look(self) -> None:
         self._timer = None
         nr_dropped = self._pool.drop_spare()
-        if nr_dropped or self._has_ended:
+        spare = [buffer for each in self._kept for buffer in each.take_spare()]
+        if nr_dropped or spare or self._has_ended:
             self._has_ended = False
             self._is_trim_wanted = True
-            self._steps = self._heap.steps()
+            self._steps = self._give_back(spare)
             self._step()
         elif self._is_trim_wanted:
             self._await_quiet()
-        elif self._pool.nr_kept_bytes:
+        elif self._keeps:
             self._look_later()
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether buffers are kept for reuse."""
+        of_devices = any(each.nr_kept_bytes for each in self._kept)
+        return of_devices or self._pool.nr_kept_bytes > 0
+
+    def _give_back(self, spare: list[memoryview]) -> Iterator[None]:
+        while spare:
+            del spare[-STEP_BUFFERS:]
+            yield
+        yield from self._heap.steps()
 
     def _step(self) -> None:
         for _ in self._steps:
@@ -100,7 +127,7 @@ class SpareMemory:
         self._timer = None
         is_quiet = self._nr_batches() == self._nr_before
         self._is_trim_wanted = not is_quiet
-        if self._is_trim_wanted or self._has_ended or self._pool.nr_kept_bytes:
+        if self._is_trim_wanted or self._has_ended or self._keeps:
             self._look_later()
         if is_quiet:
             self._heap.trim()

@@ -30,7 +30,7 @@ from typing import Final
 from nbdtarget.bio import Bio
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.bulk_streams import BulkStream
-from nbdtarget.devices.file.buffers import AlignedBuffers
+from nbdtarget.devices.file.buffers import ALIGNED_BUFFERS
 from nbdtarget.devices.file.bulk import FileWriter
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.pieces import WRITE_PIECE
@@ -47,8 +47,6 @@ PREFIX: Final = "direct:"  # of the name
 PIECE: Final = 1 << 20  # bytes of one system call; more is done in several
 THREADS_MAX: Final = 16  # they wait for the disk, and for nothing else
 RING_READ_MAX: Final = 1 << 20
-
-_buffers: Final = AlignedBuffers()
 
 
 class DirectDevice(FileDevice):
@@ -120,12 +118,12 @@ class DirectDevice(FileDevice):
         begin, end = self._around(bio.offset, bio.length)
         reader = maybe_reader() if end - begin <= RING_READ_MAX else None
         if reader is not None:
-            buffer = _buffers.take(end - begin)
+            buffer = ALIGNED_BUFFERS.take(end - begin)
             done = partial(self._direct_read_done, bio, buffer, bio.offset - begin)
             if reader.read(self._fd, buffer[: end - begin], begin, done):
                 self._note_ring_reads(1)
                 return
-            _buffers.give(buffer)
+            ALIGNED_BUFFERS.give(buffer)
         job = partial(self._get, payload, bio.offset)
         self._pool.submit(job, partial(self._read_done, bio))
 
@@ -137,10 +135,10 @@ class DirectDevice(FileDevice):
         assert payload is not None
         if result >= skip + len(payload):
             payload[:] = buffer[skip : skip + len(payload)]
-            _buffers.give(buffer)
+            ALIGNED_BUFFERS.give(buffer)
             bio.end(0)
             return
-        _buffers.give(buffer)
+        ALIGNED_BUFFERS.give(buffer)
         # It came short, or failed: a worker meets the reason again, and tells it.
         job = partial(self._get, payload, bio.offset)
         self._pool.submit(job, partial(self._read_done, bio))
@@ -148,7 +146,7 @@ class DirectDevice(FileDevice):
     def _get(self, payload: memoryview, offset: int) -> int:
         """Fill `payload` from `offset`. Context: a worker."""
         first, last = self._around(offset, len(payload))
-        buffer = _buffers.take(min(PIECE, last - first))
+        buffer = ALIGNED_BUFFERS.take(min(PIECE, last - first))
         try:
             got = 0
             while got < len(payload):
@@ -162,7 +160,7 @@ class DirectDevice(FileDevice):
                 payload[got : got + more] = buffer[skip : skip + more]
                 got += more
         finally:
-            _buffers.give(buffer)
+            ALIGNED_BUFFERS.give(buffer)
         return 0
 
     # ---- writes ----
@@ -211,7 +209,7 @@ class DirectDevice(FileDevice):
         """Write `payload` at `offset`, with what lies around it in its units. Context: a worker."""
         unit = self._unit
         first, last = self._around(offset, len(payload))
-        buffer = _buffers.take(min(PIECE, last - first))
+        buffer = ALIGNED_BUFFERS.take(min(PIECE, last - first))
         try:
             for begin in range(first, last, len(buffer)):
                 end = min(begin + len(buffer), last)
@@ -234,7 +232,7 @@ class DirectDevice(FileDevice):
                         return errnos.EIO
                     put += more
         finally:
-            _buffers.give(buffer)
+            ALIGNED_BUFFERS.give(buffer)
         return 0
 
     def _around(self, offset: int, length: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.common.heap import HEAP, Heap
+from nbdtarget.devices.file.buffers import AlignedBuffers
 from nbdtarget.server.buffers import Buffer, BufferPool
 from nbdtarget.server.spare_memory import LOOK_S, QUIET_S, STEP_S, SpareMemory
 from tests.support.clock import SimClock
@@ -47,8 +48,13 @@ class Memory:
         self.pool = BufferPool(32 * MIB)
         self.heap = CountedHeap()
         self.nr_batches = 0
+        self.aligned = AlignedBuffers()
         self.spare = SpareMemory(
-            self.clock, self.pool, self.heap, lambda: self.nr_batches
+            self.clock,
+            self.pool,
+            self.heap,
+            (self.aligned,),
+            lambda: self.nr_batches,
         )
 
     @property
@@ -159,6 +165,23 @@ def test_client_that_ends_between_two_steps_is_looked_after(memory: Memory) -> N
     assert memory.heap.nr_rounds == 2
 
 
+def test_buffers_of_devices_go_back_while_requests_come(memory: Memory) -> None:
+    for buffer in [memory.aligned.take(64 * KIB) for _ in range(100)]:
+        memory.aligned.give(buffer)
+    memory.spare.connection_ended()
+    for _ in range(4):
+        memory.nr_batches += 1
+        memory.aligned.give(memory.aligned.take(64 * KIB))
+        memory.clock.advance(LOOK_S)
+        memory.nr_batches += 1
+        memory.clock.advance(QUIET_S)
+    assert memory.aligned.nr_kept_bytes == 64 * KIB
+    assert memory.has_timer  # for as long as they are kept
+    memory.clock.advance(3 * (LOOK_S + QUIET_S))
+    assert memory.aligned.nr_kept_bytes == 0
+    assert not memory.has_timer
+
+
 def test_close_between_two_steps_ends_them(memory: Memory) -> None:
     memory.heap.nr_steps = 5
     memory.spare.connection_ended()
@@ -175,6 +198,7 @@ from itertools import count
 from pathlib import Path
 from nbdtarget.common.heap import HEAP
 from nbdtarget.daemon.process import give_memory_back
+from nbdtarget.devices.file.buffers import AlignedBuffers
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.spare_memory import LOOK_S, SpareMemory
 from tests.support.clock import SimClock
@@ -184,7 +208,7 @@ def resident_mib():
 
 give_memory_back()
 clock = SimClock()
-spare = SpareMemory(clock, BufferPool(0), HEAP, count().__next__)
+spare = SpareMemory(clock, BufferPool(0), HEAP, (), count().__next__)
 pieces = [(bytearray(b"x" * (64 << 10)), bytearray(1000)) for _ in range(640)]
 pieces = [small for _, small in pieces]
 high = resident_mib()

@@ -34,3 +34,19 @@ def test_no_more_than_so_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         pool.give(buffer)
     again = [pool.take(4096) for _ in range(5)]
     assert sum(any(buffer is old for old in taken) for buffer in again) == 3
+
+
+def test_what_nothing_has_needed_since_the_last_look_is_spare() -> None:
+    pool = AlignedBuffers()
+    taken = [pool.take(length) for length in (4096, 4096, 4096, 8192)]
+    for buffer in taken:
+        pool.give(buffer)
+    assert pool.nr_kept_bytes == 5 * 4096
+    assert pool.take_spare() == []  # all of them were needed since there is the pool
+    pool.give(pool.take(4096))
+    spare = pool.take_spare()
+    assert sorted(map(id, spare)) == sorted(map(id, (taken[0], taken[1], taken[3])))
+    assert pool.nr_kept_bytes == 4096
+    assert pool.take(4096) is taken[2]
+    assert pool.nr_kept_bytes == 0
+    assert pool.take_spare() == []
