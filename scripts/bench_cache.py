@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a cache is, how much memory it takes, and what it does while no client asks for anything.
 
-    python -m scripts.bench_cache [--only PART]... [--repeat N] [--runtime S] [--size MIB] [--quick]
+    python -m scripts.bench_cache [--only PART]... [--server NAME]... [--repeat N] [--runtime S] [--size MIB] [--quick]
 
-    cache-hits        4 KiB hits in a warm writeback cache, against other servers and other caches
+    cache-hits        hits in a warm writeback cache, against other servers and other caches (or those that --server names)
     cache-zipf        hit ratio and rate of a zipf load on an origin that takes 5 ms, beside LRU and the
                       best possible, of the same trace
     cache-memory      bytes for each block of the cache, and of the origin
@@ -65,6 +65,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a cache costs and gives.")
     add = parser.add_argument
     add("--only", action="append", default=[], choices=WORDS, metavar="PART")
+    servers = bench_cache_hits.SERVERS
+    add(
+        "--server",
+        action="append",
+        default=[],
+        choices=servers,
+        metavar="NAME",
+        help="measure hits of the cache and of this server only: " + ", ".join(servers),
+    )
     add("--repeat", type=int, default=5, help="rounds (5)")
     add("--runtime", type=float, default=3.0, help="seconds a sample (3)")
     add("--size", type=int, default=1024, help="image of the hits, MiB (1024)")

@@ -14,8 +14,8 @@ image:
                    what is read is kept; warmed by reading it all. A FLUSH leaves writes in
                    the overlay
 
-Beside them the plain servers, and a hydrated clone of ours, which is to be as far ahead of these as
-the cache is. Between samples of writes, what they left dirty is written back: our cache's and the
+Beside them the plain servers, a hydrated clone of ours, which is to be as far ahead of these as
+the cache is, and the floor: what the kernel alone charges for the same system calls. Between samples of writes, what they left dirty is written back: our cache's and the
 filter's home to the image, so each sample's first write to a block finds it clean.
 """
 
@@ -42,9 +42,11 @@ from scripts.bench_rounds import (
 )
 from scripts.bench_servers import (
     CLONE,
+    FLOOR,
     PEERS,
     Clone,
     Contender,
+    Floor,
     Nbdkit,
     Ours,
     QemuNbd,
@@ -54,16 +56,20 @@ from scripts.fio import Job
 from tests.support.plain_client import PlainClient
 from tests.support.processes import ServerProcess
 
-__all__ = ["CACHE", "CONTENDERS", "JOBS", "run", "summarize"]
+__all__ = ["CACHE", "CONTENDERS", "JOBS", "SERVERS", "is_wanted", "run", "summarize"]
 
 CACHE: Final = "cache"
 OTHER_CACHES: Final = ("nbdkit-cache", "qemu-overlay")
 WANTED_OF_CACHES: Final = 2.0
 
-JOBS: Final = tuple(
-    Job(f"{rw}-4k-qd{depth}", rw, 4096, depth)
-    for rw in ("randread", "randwrite")
-    for depth in (1, 32, 64)
+JOBS: Final = (
+    *(
+        Job(f"{rw}-4k-qd{depth}", rw, 4096, depth)
+        for rw in ("randread", "randwrite")
+        for depth in (1, 32, 64)
+    ),
+    Job("read-256k-qd8", "read", 256 * KIB, 8),
+    Job("write-256k-qd8", "write", 256 * KIB, 8),
 )
 
 
@@ -183,12 +189,15 @@ def make_durable(path: Path) -> None:
 
 
 CONTENDERS: Final[tuple[type[Contender], ...]] = (
+    Floor,
     *PEERS,
     NbdkitCache,
     QemuOverlay,
     Clone,
     Cache,
 )
+
+SERVERS: Final = tuple(each.name for each in CONTENDERS)
 
 
 def summarize(samples: Samples) -> dict[str, Any]:
@@ -249,6 +258,9 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
             words.append(f"{ratio:.2f} of {best}")
             if clone is not None:
                 words[-1] += f", as the clone's {clone:.2f}"
+        if FLOOR in servers:
+            cost, floor = (servers[n]["server_cpu_us"] for n in (CACHE, FLOOR))
+            words.append(f"{cost / floor:.2f} of the floor's CPU")
         caches = [servers[n]["cache_to_it"] for n in OTHER_CACHES if n in servers]
         if caches:
             good = "reached" if min(caches) >= WANTED_OF_CACHES else "NOT reached"
@@ -260,9 +272,15 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def is_wanted(name: str, servers: Sequence[str]) -> bool:
+    """Whether `--server` asks for it. The cache itself is always measured."""
+    return not servers or name == CACHE or name in servers
+
+
 def run(work: Path, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure, print; return the results. Raises: StartError, CalledProcessError."""
-    classes: Sequence[type[Contender]] = available(CONTENDERS, console)
+    wanted = [each for each in CONTENDERS if is_wanted(each.name, options.server)]
+    classes: Sequence[type[Contender]] = available(wanted, console)
     samples = compare(classes, JOBS, work, options, console)
     summary = summarize(samples)
     for table in tables(summary):

@@ -24,8 +24,8 @@ from tests.support.plain_client import PlainClient
 BLOCK_SIZE = 64 * KIB
 
 
-def sample(iops: float) -> Sample:
-    return Sample(iops, iops / 256, 100.0, 5.0)
+def sample(iops: float, *, cpu_us: float = 5.0) -> Sample:
+    return Sample(iops, iops / 256, 100.0, cpu_us)
 
 
 @pytest.fixture
@@ -75,6 +75,20 @@ def test_plain_servers_are_compared_as_the_clone_is() -> None:
     summary = bench_cache_hits.summarize({"job": servers})["job"]
     assert summary["clone_to_best_plain"] == 1.2
     assert summary["servers"]["nbdkit"]["cache_to_it"] == 2.0
+
+
+def test_cost_of_a_hit_is_compared_with_that_of_the_system_calls() -> None:
+    servers = {"floor": [sample(50, cpu_us=10)], "cache": [sample(100, cpu_us=12)]}
+    (line,) = bench_cache_hits.verdicts(bench_cache_hits.summarize({"job": servers}))
+    assert line == "job: 1.20 of the floor's CPU"
+
+
+def test_named_servers_are_measured_beside_the_cache() -> None:
+    wanted = [
+        n for n in bench_cache_hits.SERVERS if bench_cache_hits.is_wanted(n, ["floor"])
+    ]
+    assert wanted == ["floor", "cache"]
+    assert all(bench_cache_hits.is_wanted(n, []) for n in bench_cache_hits.SERVERS)
 
 
 def test_migrations_are_compared_round_by_round() -> None:
