@@ -15,8 +15,8 @@
     a disk in memory    a number that is drawn anew each time
 
 How it is compared with what was recorded: `nbdtarget_metadata.disks`. Everything here that takes a file
-descriptor or a path may block and runs in a worker. Nothing here fails: what cannot be found out is
-left out, and what cannot be marked is not.
+descriptor or a path may block and runs in a worker. What cannot be found out is
+left out, and what cannot be marked is not. Only a sync that fails is an error.
 """
 
 import os
@@ -89,7 +89,7 @@ def identify_fd(name: str, fd: int, size: int, role: str) -> Evidence:
 def mark_fd(fd: int, role: str, mark: Mark) -> bool:
     """Mark an open regular file; False: it cannot carry a mark, or not now.
 
-    Durable: the mark, if this returns True.
+    Durable: the mark, if this returns True. Raises: OSError, as `sync_attributes_fd`.
     """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return False
@@ -104,8 +104,11 @@ def mark_fd(fd: int, role: str, mark: Mark) -> bool:
 def sync_attributes_fd(fd: int) -> bool:
     """Make the times and marks of an open file durable; False: that cannot be said.
 
-    fdatasync does not do it. And it is done by a descriptor of its own: an error that the
-    device's own flush must report is not taken away from it, as each open file learns of it once.
+    fdatasync does not do it. And it is done by a descriptor of its own: an error that the kernel has recorded for
+    the file is not taken away from the device's own flush, as each open file learns of it once. But some errors
+    are not recorded: a file system that cannot begin to write pages back, and a disk that cannot empty its cache, may tell only the caller.
+
+    Raises: OSError: the sync has failed, and the device has to latch.
     """
     try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -113,8 +116,6 @@ def sync_attributes_fd(fd: int) -> bool:
         return False
     try:
         os.fsync(own)
-    except OSError:
-        return False
     finally:
         os.close(own)
     return True

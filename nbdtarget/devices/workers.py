@@ -77,6 +77,10 @@ class WorkerPool:
 
     async def run(self, fn: Callable[[], int]) -> int:
         """Run `fn` in a worker; its answer. For set-up, not for bios."""
+        return await self.start(fn)
+
+    def start(self, fn: Callable[[], int]) -> "asyncio.Future[int]":
+        """As `run`: the future of the answer."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def done(status: int) -> None:
@@ -84,7 +88,7 @@ class WorkerPool:
                 future.set_result(status)
 
         self.submit(fn, done)
-        return await future
+        return future
 
     async def ask(self, fn: Callable[[], T], otherwise: T) -> T:
         """Run `fn` in a worker; what it returns, or `otherwise` if it raises OSError."""

@@ -134,6 +134,11 @@ class Connection:
         self._finish_scheduled = Soon(self._finish_now)
 
     @property
+    def was_attached(self) -> bool:
+        """Whether it has reached TRANSMISSION."""
+        return self._negotiated is not None
+
+    @property
     def is_closed(self) -> bool:
         return self.state == CLOSED
 

@@ -43,7 +43,8 @@ class Limits:
         connections_max: on TCP, and as many on unix sockets; above, new ones are closed at once.
         peer_connections_max: on TCP from one address.
         export_connections_max: attached to one export; a further client is refused with that reason.
-        handshakes_max: connections that are in their handshake. If there is one more, the oldest of them is closed.
+        handshakes_max: connections in their handshake, and those whose client was refused in it and has not gone. If there is one more, the
+            oldest of them is closed, a refused one first.
         backlog_max: connections the kernel keeps waiting.
         handshake_timeout_s: from accept to the transmission phase. The time begins anew when it is over
             and options came meanwhile, for example from a client that asks for each of many exports.

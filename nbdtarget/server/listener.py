@@ -504,11 +504,11 @@ class Listener:
 
     def _make_room_for_handshake(self) -> None:
         """Close the oldest connection that is in its handshake, if there are too many: clients that say nothing
-        must not keep others out."""
+        must not keep others out. One whose client was refused, and has not gone yet, counts, too, and goes first."""
         if len(self._shaking) < self._limits.handshakes_max:
             return
         # Those that are attached meanwhile are forgotten here, and not one by one.
-        shaking = [each for each in self._shaking if each.state == HANDSHAKE]
+        shaking = [each for each in self._shaking if not each.was_attached]
         self._shaking = dict.fromkeys(shaking)
         if len(shaking) >= self._limits.handshakes_max:
             if nr := self._refused.count():
@@ -518,7 +518,7 @@ class Listener:
                     len(shaking),
                 )
             self._met("handshakes_max")
-            shaking[0].abort()
+            min(shaking, key=lambda each: each.state == HANDSHAKE).abort()
 
     def _connection_closed(self, connection: Connection) -> None:
         self._shaking.pop(connection, None)

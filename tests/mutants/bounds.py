@@ -154,7 +154,12 @@ BOUNDS: Final = (
         "handshakes-not-bounded",
         "Clients that connect and say nothing keep all others out.",
         "nbdtarget.server.listener:Listener._make_room_for_handshake",
-        (("            shaking[0].abort()\n", "            pass\n"),),
+        (
+            (
+                "            min(shaking, key=lambda each: each.state == HANDSHAKE).abort()\n",
+                "            pass\n",
+            ),
+        ),
         (*SHARES, *ADMISSION),
         hangs=True,
     ),

@@ -87,7 +87,7 @@ DEVICES: Final = (
     Mutant(
         "writeback-error-told-to-nobody",
         "The wait for pages takes an error that the next fdatasync does not tell any more, and the device does not latch.",
-        "nbdtarget.devices.file.bulk:Behind.write",
+        "nbdtarget.devices.file.bulk:Behind._has_ended",
         (("self._syncs.done(sync, status)", "self._syncs.done(sync, 0)"),),
         BEHIND,
     ),
@@ -105,8 +105,8 @@ DEVICES: Final = (
         (
             ("        sync = self._syncs.begin_writeback()\n", ""),
             (
-                "        self._syncs.done(sync, status)\n",
-                "        self._syncs.done(self._syncs.begin_writeback(), status)\n",
+                "partial(self._has_ended, sync)",
+                "lambda ended: self._has_ended(self._syncs.begin_writeback(), ended)",
             ),
         ),
         BEHIND,
@@ -150,6 +150,82 @@ DEVICES: Final = (
         "A FLUSH that comes while such a sync runs ends with it, for pages it has passed.",
         "nbdtarget.devices.file.sync:Syncs.left_over",
         (('Sync([], "flush")', 'Sync(self._waiting, "flush")'),),
+        FILE,
+    ),
+    Mutant(
+        "flush-overtakes-start-writeback",
+        "A FLUSH ends while the hint that a copier gives runs, which may be told an error that no sync is told.",
+        "nbdtarget.devices.file.sync:Syncs.run_beside",
+        (
+            ("        sync = self._begin(what)\n", ""),
+            ("self.done(sync, 0", "self.done(self._begin(what), 0"),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "flush-waits-for-a-job-until-its-caller-goes",
+        "The caller of a job that may be told an error is cancelled, and FLUSHes do not wait for the job any more.",
+        "nbdtarget.devices.file.sync:Syncs.run_beside",
+        (
+            (
+                "        self._pool.submit(job, done)\n",
+                "        ended.add_done_callback(lambda _: done(0))\n"
+                "        self._pool.submit(job, lambda status: ended.done() or done(status))\n",
+            ),
+            (
+                "            self.done(sync,",
+                "            if sync in self._running:\n                self.done(sync,",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "flush-overtakes-a-write-on-nfs",
+        "A worker's write is told of an earlier one that is lost, and a FLUSH ends before the loop has heard of it.",
+        "nbdtarget.devices.file.sync:Syncs.count_write",
+        (("        if self.refuses_before_it_takes:\n", "        if True:\n"),),
+        FILE,
+    ),
+    Mutant(
+        "flush-ends-before-a-failed-write-latches",
+        "The FLUSHes that wait for a worker's write end before its error has latched the device.",
+        "nbdtarget.devices.file.sync:Syncs.count_write",
+        (
+            (
+                "                done(status)  # before the syncs that wait for it end: it may latch\n"
+                "            finally:\n"
+                "                self.done(sync, 0)\n",
+                "                self.done(sync, 0)\n"
+                "            finally:\n"
+                "                done(status)\n",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "bulk-copy-writes-uncounted-on-nfs",
+        "A thread of a bulk copy is told of an earlier write that is lost, and a FLUSH ends meanwhile.",
+        "nbdtarget.devices.file.device:FileDevice.maybe_bulk_writer",
+        (
+            (
+                "self.read_only or not self._syncs.refuses_before_it_takes",
+                "self.read_only",
+            ),
+        ),
+        BEHIND,
+    ),
+    Mutant(
+        "error-of-the-sync-of-attributes-forgotten",
+        "The disk tells the sync of a file's times that it cannot empty its cache, and a later FLUSH succeeds.",
+        "nbdtarget.devices.file.device:FileDevice._sync_beside",
+        (('await self._syncs.run_beside("fsync", run)', "await self._pool.run(run)"),),
+        FILE,
+    ),
+    Mutant(
+        "error-of-an-opening-beside-forgotten",
+        "The sync with which a file is opened anew is told an error, and FLUSHes of the device that is in use succeed.",
+        "nbdtarget.devices.file.open:_count_beside",
+        (("isinstance(error, _NotWrittenError)", "False"),),
         FILE,
     ),
     Mutant(

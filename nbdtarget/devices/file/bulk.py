@@ -35,7 +35,7 @@ from typing import Final
 from nbdtarget.common.clock import loop_time_s
 from nbdtarget.devices.background_threads import NICE_STEP
 from nbdtarget.devices.bulk_streams import Chunk
-from nbdtarget.devices.file.sync import Syncs
+from nbdtarget.devices.file.sync import Sync, Syncs
 from nbdtarget.devices.file.syscalls import wait_for_writeback, write_back_range
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.fast.compiled import IS_COMPILED, CopyStream, Syncer
@@ -157,19 +157,24 @@ class Behind:
         if not self._is_supported or not (before or ranges):
             return
         begun_s = loop_time_s()
+        await self._until_idle()
         sync = self._syncs.begin_writeback()
-        ended = await self._maybe_begin(ranges, before)
-        if ended is not None:
-            status = await asyncio.shield(ended)
-        else:
-            status = await self._pool.run(partial(self._write_and_drop, ranges, before))
+        ended = self._maybe_begin(ranges, before)
+        if ended is None:
+            ended = self._pool.start(partial(self._write_and_drop, ranges, before))
+        # Also if the caller is cancelled: until then, FLUSHes wait for it.
+        ended.add_done_callback(partial(self._has_ended, sync))
+        await asyncio.shield(ended)
+        if before:
+            is_quick = loop_time_s() - begun_s < QUICK_S
+            self._nr_left = min(self._nr_left + 1, BEGUN_MAX - 1) if is_quick else 1
+
+    def _has_ended(self, sync: Sync, ended: "asyncio.Future[int]") -> None:
+        status = ended.result()
         if status in _NOT_SUPPORTED:
             self._is_supported = False
             status = 0
         self._syncs.done(sync, status)
-        if before:
-            is_quick = loop_time_s() - begun_s < QUICK_S
-            self._nr_left = min(self._nr_left + 1, BEGUN_MAX - 1) if is_quick else 1
 
     async def close(self) -> None:
         """Wait for what is under way, and end the thread."""
@@ -180,11 +185,10 @@ class Behind:
             self._thread = None
         await self._pool.close()
 
-    async def _maybe_begin(
+    def _maybe_begin(
         self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]
     ) -> "asyncio.Future[int] | None":
-        """Have the thread begin; return the future of its status. None: there can be no thread."""
-        await self._until_idle()
+        """Have the thread begin, which is idle; return the future of its status. None: there can be no thread."""
         if self._has_no_thread:
             return None
         try:

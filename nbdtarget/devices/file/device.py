@@ -161,7 +161,7 @@ class FileDevice(Device):
         self._backoff_end_ns = 0
         self._backoff_ns = BACKOFF_NS_MIN
         self._nr_space_jobs = 0
-        self._writeback: asyncio.Task[None] | None = None
+        self._writeback: asyncio.Future[int] | None = None
         self._behind: Behind | None = Behind(name, fd, self._syncs)
         self._space = self._probe()
 
@@ -227,14 +227,9 @@ class FileDevice(Device):
             self.submit(bio)
 
     def start_writeback(self) -> None:
-        if self._writeback is None:
-            self._writeback = asyncio.get_running_loop().create_task(self._write_back())
-
-    async def _write_back(self) -> None:
-        status = await self._pool.run(partial(self._call, start_writeback))
-        self._writeback = None
-        if status:
-            self._syncs.writeback_failed(status)
+        if self._writeback is None or self._writeback.done():
+            job = partial(self._call, start_writeback)
+            self._writeback = self._syncs.run_beside("writeback", job)
 
     def _call(self, call: Callable[[int], None]) -> int:
         call(self._fd)
@@ -268,7 +263,8 @@ class FileDevice(Device):
             ended.set_result(None)
 
     def maybe_bulk_writer(self) -> FileWriter | None:
-        if self.read_only:
+        if self.read_only or not self._syncs.refuses_before_it_takes:
+            # A worker's write counts as a sync where it may be told an error of another one: see `sync.py`.
             return None
         return FileWriter(self._fd, self._syncs)
 
@@ -323,7 +319,7 @@ class FileDevice(Device):
         if fast is not None:
             await give_back(fast)
         if self._writeback is not None:
-            await self._writeback
+            await asyncio.wait((self._writeback,))
         if self._nr_ring_reads:
             self._ring_reads_ended = asyncio.get_running_loop().create_future()
             await self._ring_reads_ended
@@ -356,6 +352,10 @@ class FileDevice(Device):
             if self._fast is not None:
                 self._lend_windows(self._fast)
             raise
+
+    def begin_sync_beside(self) -> Callable[[int], None]:
+        """The file is going to be synced through another descriptor. Returns what is called with the status."""
+        return partial(self._syncs.done, self._syncs.begin_writeback())
 
     def share_lock(self) -> int:
         """Return a descriptor that keeps our lock for as long as it is open."""
@@ -556,7 +556,8 @@ class FileDevice(Device):
         payload = bio.payload
         assert payload is not None
         job = partial(write_rest, self._fd, payload, bio.offset, put, piece=piece)
-        self._writers.submit(job, partial(self._write_done, bio))
+        done = self._syncs.count_write(partial(self._write_done, bio))
+        self._writers.submit(job, done)
 
     def _write_done(self, bio: Bio, status: int) -> None:
         if status:
@@ -584,7 +585,7 @@ class FileDevice(Device):
             self._set_quick()
             self._write_done(bio, status)
 
-        self._pool.submit(job, done)
+        self._pool.submit(job, self._syncs.count_write(done))
 
     def _zeroes_fast(self, bio: Bio) -> bool:
         is_fast = self._space.zeroes_fast(bio.offset, bio.length, bio.flags)
@@ -618,10 +619,23 @@ class FileDevice(Device):
 
     async def mark(self, role: str, mark: Mark) -> bool:
         write = partial(mark_fd, self._fd, role, mark)
-        return not self.read_only and await self._pool.ask(write, False)
+        return not self.read_only and await self._sync_beside(write)
 
     async def sync_attributes(self) -> bool:
-        return await self._pool.ask(partial(sync_attributes_fd, self._fd), False)
+        return await self._sync_beside(partial(sync_attributes_fd, self._fd))
+
+    async def _sync_beside(self, sync: Callable[[], bool]) -> bool:
+        """Run a job that syncs through a descriptor of its own, and return what it returns; False if the sync fails."""
+        if self.read_only:
+            return await self._pool.ask(sync, False)  # nothing of ours can be lost
+        answers: list[bool] = []
+
+        def run() -> int:
+            answers.append(sync())
+            return 0
+
+        await self._syncs.run_beside("fsync", run)
+        return answers == [True]
 
     # ---- set-up ----
 

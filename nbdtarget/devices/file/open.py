@@ -53,6 +53,10 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+class _NotWrittenError(ResolveError):
+    """The sync with which an opening begins has failed."""
+
+
 async def open_file(
     name: str,
     path: str,
@@ -72,7 +76,9 @@ async def open_file(
     """
     lock_fd = -1 if beside is None else beside.share_lock()
     opening = partial(_open, name, path, read_only, lock_fd, kind.open_flags)
-    device = await _make(name, opening, read_only=read_only, lock_fd=lock_fd, kind=kind)
+    device = await _make(
+        name, opening, read_only=read_only, lock_fd=lock_fd, beside=beside, kind=kind
+    )
     device.open_beside = partial(_open_beside, path)
     return device
 
@@ -150,6 +156,7 @@ async def _make(
     *,
     read_only: bool,
     lock_fd: int = -1,
+    beside: FileDevice | None = None,
     undo: Callable[[], None] | None = None,
     kind: type[FileDevice],
 ) -> FileDevice:
@@ -157,6 +164,7 @@ async def _make(
 
     Args:
         lock_fd: has the lock, if `open_fd` does not take one; it is closed with the device.
+        beside: as of `open_file`.
         undo: takes back what `open_fd` did, if the caller is cancelled.
     """
     pool = WorkerPool(name, threads_max=kind.threads_max)
@@ -181,7 +189,9 @@ async def _make(
                     os.close(each)
         return 0
 
-    making = asyncio.ensure_future(pool.run(make))
+    making = pool.start(make)
+    if beside is not None and not read_only:
+        _count_beside(beside, making, refused)
     try:
         await asyncio.shield(making)
     except asyncio.CancelledError:
@@ -197,6 +207,19 @@ async def _make(
         await pool.close()
         raise refused[0]
     return made[0]
+
+
+def _count_beside(
+    old: FileDevice, making: "asyncio.Future[int]", refused: list[ResolveError]
+) -> None:
+    """The opening begins with a sync: it may be told an error of what was written through `old`, and `old` then is not."""
+    done = old.begin_sync_beside()
+
+    def has_ended(_: "asyncio.Future[int]") -> None:
+        lost = [error for error in refused if isinstance(error, _NotWrittenError)]
+        done(lost[0].errno if lost else 0)
+
+    making.add_done_callback(has_ended)
 
 
 async def _open_beside(
@@ -243,7 +266,7 @@ def _make_true(name: str, fd: int) -> None:
     try:
         believe_the_disk(fd, _size(name, fd))
     except OSError as error:
-        raise ResolveError(
+        raise _NotWrittenError(
             name,
             "what had been written to it before cannot be written to the disk"
             f" ({os.strerror(error.errno or errnos.EIO)}): see the kernel's log, mend"

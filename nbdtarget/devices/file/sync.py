@@ -8,7 +8,7 @@ write ends with the next sync. So an error of the write itself and one of the di
 the running one, for the kernel may have passed their pages already. Several at a time are not faster, because each of them
 waits for all pages of the file that are on their way.
 
-*Overlaps.* Other threads may wait for pages meanwhile (`begin_writeback`), and the kernel may tell the error of the one to the
+*Overlaps.* Other threads may write pages back meanwhile (`begin_writeback`, `run_beside`), and the kernel may tell the error of the one to the
 other. So **a sync ends with 0 only after all others that overlapped it have succeeded**: it waits for those that are under way
 when its own system call returns. If one of them fails, all of them fail.
 
@@ -17,7 +17,8 @@ after any failed sync, and after a write that failed for more than want of space
 EIO until the device is opened again (which first drops what the page cache shows and the disk does not have: see
 `open.py`). A DISCARD promises nothing: one that fails has lost nothing, and latches nothing. Want of space itself is
 harmless only where the file system refuses a write before it takes any of it. NFS does not: there ENOSPC may be the
-news of an *earlier* write, told once. So it latches, too, on every file system that is not known to refuse first.
+news of an *earlier* write, told once. So it latches, too, on every file system that is not known to refuse first. There
+a write by a worker overlaps the syncs as well, until the loop has heard of its end (`count_write`).
 
 *Thread.* A sync of a fast disk takes less time than two Python threads need to hand it over. So it is made by a thread in C
 (`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker.
@@ -31,6 +32,7 @@ import asyncio
 import errno as errnos
 import logging
 import os
+from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import OP_DISCARD, OP_NAMES, Bio
@@ -124,8 +126,41 @@ class Syncs:
             self.latch(what, status)
 
     def begin_writeback(self) -> Sync:
-        """A thread is going to wait for pages to be written, and may be told an error. The caller calls `done`."""
-        sync = Sync([], "writeback")
+        """A thread is going to write pages back, and may be told an error. The caller calls `done`."""
+        return self._begin("writeback")
+
+    def run_beside(self, what: str, job: Callable[[], int]) -> "asyncio.Future[int]":
+        """Run `job` in a worker; it may be told an error that no later sync is told. Returns the future of its status.
+
+        A sync that overlaps the job waits for it, and fails with it, also if the future is cancelled.
+        """
+        sync = self._begin(what)
+        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def done(status: int) -> None:
+            self.done(sync, 0 if status in _NO_WRITEBACK else status)
+            if not ended.done():
+                ended.set_result(status)
+
+        self._pool.submit(job, done)
+        return ended
+
+    def count_write(self, done: Callable[[int], None]) -> Callable[[int], None]:
+        """A worker is going to write. Returns what is called with its status, instead of `done`; see *Latch* above."""
+        if self.refuses_before_it_takes:
+            return done
+        sync = self._begin("write")
+
+        def ended(status: int) -> None:
+            try:
+                done(status)  # before the syncs that wait for it end: it may latch
+            finally:
+                self.done(sync, 0)
+
+        return ended
+
+    def _begin(self, what: str) -> Sync:
+        sync = Sync([], what)
         self._running.add(sync)
         self._lend()
         return sync

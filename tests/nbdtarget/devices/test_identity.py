@@ -82,15 +82,16 @@ async def test_opening_to_write_leaves_the_time_as_it_is(
     assert os.stat(path).st_mtime_ns == 1_000_000_001
 
 
-@pytest.mark.parametrize("name", ["setxattr", "fsync"])
 async def test_mark_that_cannot_be_written_is_no_error(
-    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other than one that cannot be synced: see the tests of `Syncs`."""
+
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     device = await resolve.open_device(str(path))
-    monkeypatch.setattr(identity.os, name, refuse)  # type: ignore[attr-defined]
+    monkeypatch.setattr(identity.os, "setxattr", refuse)  # type: ignore[attr-defined]
     assert not await device.mark("origin", MARK)
     monkeypatch.undo()
     await device.flush()

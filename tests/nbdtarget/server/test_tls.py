@@ -277,6 +277,46 @@ async def test_refused_client_that_stays_is_closed(
         await served.until_connections(0)
 
 
+async def refused(served: Served, caplog: pytest.LogCaptureFixture) -> Peer:
+    """A client that has sent no TLS, and whose connection waits for it to go."""
+    nr_before = caplog.text.count("TLS")
+    peer = await acknowledged(served)
+    peer.writer.write(b"this is no TLS at all" * 4)
+    await until(lambda: caplog.text.count("TLS") > nr_before)
+    return peer
+
+
+async def test_refused_clients_that_stay_do_not_keep_others_out(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    served.clock = SimClock()
+    served.limits = Limits(handshakes_max=2, connections_max=4)
+    listener = await started(served, options("on"))
+    for _ in range(6):
+        await refused(served, caplog)
+    assert listener.nr_connections == 2
+    assert "handshakes_max" in caplog.text
+    good = await encrypted(served)
+    await attach(good)
+    assert (await good.ask(c.CMD_READ, 0, 512)).error == 0
+
+
+async def test_refused_client_makes_room_before_one_that_is_in_its_handshake(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    served.clock = SimClock()
+    served.limits = Limits(handshakes_max=2)
+    await started(served, options("on"))
+    slow = await acknowledged(served)
+    for _ in range(4):
+        await refused(served, caplog)
+    await encrypt(slow)
+    await attach(slow)
+    assert (await slow.ask(c.CMD_READ, 0, 512)).error == 0
+
+
 def received(sock: TlsSocket) -> bytes:
     with contextlib.suppress(BlockingIOError):
         return sock.recv(100)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.bio import OP_FLUSH, OP_WRITE
+from nbdtarget.bio import OP_FLUSH, OP_WRITE, PENDING
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices import bulk as bulk_module
 from nbdtarget.devices.bulk import BulkCopies
@@ -106,6 +106,7 @@ async def test_a_writer_writes_all_also_where_the_kernel_takes_a_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = await made(tmp_path)
+    device._syncs.refuses_before_it_takes = True
     writer = device.maybe_bulk_writer()
     assert writer is not None
     pwrite = os.pwrite
@@ -135,6 +136,16 @@ async def test_a_failed_write_latches_unless_it_was_refused_for_want_of_space(
 async def test_a_device_that_is_read_only_has_no_writer(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
     device = await open_device(str(tmp_path / "disk"), read_only=True)
+    assert device.maybe_bulk_writer() is None
+    await device.close()
+
+
+async def test_where_a_write_may_tell_of_an_earlier_one_there_is_no_writer(
+    tmp_path: Path,
+) -> None:
+    """The loop would hear too late of what a thread of the copy has been told."""
+    device = await made(tmp_path)
+    device._syncs.refuses_before_it_takes = False
     assert device.maybe_bulk_writer() is None
     await device.close()
 
@@ -259,6 +270,23 @@ async def test_an_error_of_the_thread_latches_and_fails_the_flush_that_overlappe
         await flushing
     assert device.health.state is HealthState.LATCHED
     assert "writeback" in device.health.last_error
+    await device.close()
+
+
+@pytest.mark.parametrize("status", [0, errno.EIO])
+async def test_a_wait_whose_caller_is_cancelled_counts_until_it_ends(
+    tmp_path: Path, fake_thread: type[FakeThread], status: int
+) -> None:
+    fake_thread.status = status
+    device = await made(tmp_path)
+    waiting = asyncio.ensure_future(device.write_behind(WINDOW))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    device.submit(flush := bio_of(OP_FLUSH, 0, 0))
+    await until(lambda: device._syncs._flush is None)
+    assert flush.status == PENDING
+    fake_thread.gate.set()
+    assert await ended(flush) == [status]
     await device.close()
 
 

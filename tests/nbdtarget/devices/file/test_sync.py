@@ -4,22 +4,26 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, PENDING, Bio
-from nbdtarget.common.errors import DeviceError
+from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, OP_WRITE_ZEROES, PENDING, Bio
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.file import device as file_device
+from nbdtarget.devices.file import open as file_open
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync import Syncs as FileSyncs
 from nbdtarget.devices.file.sync_pace import SyncPace
-from nbdtarget.devices.resolve import create_device
+from nbdtarget.devices.resolve import create_device, open_device
 from nbdtarget.fast.compiled import IS_COMPILED, FastFile
+from nbdtarget_metadata.disks import Mark
 from tests.support.file_device import SIZE, Syncs, bio_of, ended
-from tests.support.patience import until
+from tests.support.patience import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -339,3 +343,223 @@ async def test_writing_back_that_cannot_begin_latches_unless_nobody_knows_it(
 ) -> None:
     syncs_of(device).writeback_failed(status)
     assert syncs_of(device).is_latched == is_latched
+
+
+# ---- other threads that may be told an error ----
+
+
+class Gate:
+    """Stands for a system call of a worker: it has been told an error, and has not returned yet.
+
+    Attributes:
+        is_inside: whether it was called.
+        left: set: it returns.
+    """
+
+    def __init__(self, error: int) -> None:
+        self.is_inside = threading.Event()
+        self.left = threading.Event()
+        self._error = error
+
+    def __call__(self, *_: object, **__: object) -> int:
+        self.is_inside.set()
+        self.left.wait(PATIENCE_S)
+        if self._error:
+            raise OSError(self._error, os.strerror(self._error))
+        return 0
+
+
+async def flush_beside(device: Device, syncs: Syncs, gate: Gate) -> int:
+    """Flush while the call is under way; it returns when the fdatasync has. Returns what the FLUSH ends with."""
+    await until(gate.is_inside.is_set)
+    flush = bio_of(OP_FLUSH, 0, 0)
+    device.submit(flush)
+    try:
+        await until(lambda: syncs.count == 1 and syncs_of(device)._flush is None)
+        assert flush.status == PENDING
+    finally:
+        gate.left.set()
+    return (await ended(flush))[0]
+
+
+@pytest.mark.parametrize("error", [0, errno.EIO, errno.ENOSPC, errno.EINVAL])
+async def test_a_flush_waits_for_the_hint_to_write_back_and_fails_with_it(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """The kernel may tell an error to the hint alone. EINVAL: the file system does not know the call."""
+    gate = Gate(error)
+    monkeypatch.setattr(file_device, "start_writeback", gate)
+    await device.write(0, b"x" * 4096)
+    device.start_writeback()
+    status = await flush_beside(device, syncs, gate)
+    is_lost = error in (errno.EIO, errno.ENOSPC)
+    assert status == (errno.EIO if is_lost else 0)
+    assert syncs_of(device).is_latched == is_lost
+
+
+async def test_a_hint_that_its_waiter_gives_up_counts_until_it_ends(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(errno.EIO)
+    monkeypatch.setattr(file_device, "start_writeback", gate)
+    device.start_writeback()
+    assert isinstance(device, FileDevice)
+    assert device._writeback is not None
+    device._writeback.cancel()
+    assert await flush_beside(device, syncs, gate) == errno.EIO
+
+
+async def test_the_next_hint_is_given_when_the_last_one_has_ended(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nr_calls = 0
+
+    def count(_: int) -> None:
+        nonlocal nr_calls
+        nr_calls += 1
+
+    monkeypatch.setattr(file_device, "start_writeback", count)
+    for _ in range(2):
+        device.start_writeback()
+        device.start_writeback()
+        await until(lambda: not syncs_of(device)._running)
+    assert nr_calls == 2
+
+
+async def test_the_thread_is_not_lent_while_the_hint_runs(
+    device: Device, lent: FileSyncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(0)
+    monkeypatch.setattr(file_device, "start_writeback", gate)
+    device.start_writeback()
+    assert not is_lent(device)
+    gate.left.set()
+    await until(lambda: not lent._running)
+    assert is_lent(device)
+
+
+@pytest.fixture
+def nfs(device: Device) -> Device:
+    """A device on a file system that may tell a write of the want of space of an earlier one."""
+    syncs_of(device).refuses_before_it_takes = False
+    return device
+
+
+async def test_a_flush_waits_for_a_workers_write_that_may_be_told_of_an_earlier_one(
+    nfs: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(errno.ENOSPC)
+    monkeypatch.setattr(file_device, "write_rest", gate)
+    await nfs.write(0, b"x" * 4096)
+    write = Bio(OP_WRITE, 0, SIZE, memoryview(bytes(SIZE)), 0, lambda _: None)
+    nfs.submit(write)
+    assert await flush_beside(nfs, syncs, gate) == errno.EIO
+    assert await ended(write) == [errno.ENOSPC]
+
+
+async def test_a_flush_waits_for_zeroes_that_are_written_and_may_be_told_of_an_earlier_write(
+    nfs: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(errno.ENOSPC)
+    monkeypatch.setattr(nfs, "_zero", gate)
+    zero = bio_of(OP_WRITE_ZEROES, 0, SIZE)
+    nfs.submit(zero)
+    assert await flush_beside(nfs, syncs, gate) == errno.EIO
+    assert await ended(zero) == [errno.ENOSPC]
+
+
+async def test_a_write_by_a_worker_that_succeeds_lets_the_flush_end(
+    nfs: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(0)
+    monkeypatch.setattr(file_device, "write_rest", gate)
+    write = Bio(OP_WRITE, 0, SIZE, memoryview(bytes(SIZE)), FUA, lambda _: None)
+    nfs.submit(write)
+    assert await flush_beside(nfs, syncs, gate) == 0
+    assert await ended(write) == [0]
+    assert not syncs_of(nfs)._running
+
+
+async def test_a_flush_does_not_wait_for_writes_where_they_tell_of_no_others(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs_of(device).refuses_before_it_takes = True
+    gate = Gate(0)
+    monkeypatch.setattr(file_device, "write_rest", gate)
+    write = Bio(OP_WRITE, 0, SIZE, memoryview(bytes(SIZE)), 0, lambda _: None)
+    device.submit(write)
+    flush = bio_of(OP_FLUSH, 0, 0)
+    device.submit(flush)
+    status = await ended(flush)
+    gate.left.set()
+    assert status == [0]
+    assert syncs.count == 1
+    assert await ended(write) == [0]
+
+
+@pytest.mark.parametrize("error", [0, errno.EIO])
+async def test_a_flush_waits_for_the_sync_of_the_attributes_and_fails_with_it(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """A disk that cannot empty its cache tells that to the one who asks."""
+    gate = Gate(error)
+    monkeypatch.setattr(os, "fsync", gate)
+    syncing = asyncio.ensure_future(device.sync_attributes())
+    assert await flush_beside(device, syncs, gate) == error
+    assert await syncing == (not error)
+    assert syncs_of(device).is_latched == bool(error)
+
+
+async def test_a_sync_of_the_attributes_fails_what_comes_later_too(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert not await device.mark("origin", Mark(bytes(16), 1))
+    with pytest.raises(DeviceError):
+        await device.flush()
+
+
+async def test_a_device_that_is_only_read_has_nothing_to_lose_in_a_sync(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await device.close()
+    source = await open_device(str(tmp_path / "disk"), read_only=True)
+    assert await source.sync_attributes()
+    gate = Gate(errno.EIO)
+    gate.left.set()
+    monkeypatch.setattr(os, "fsync", gate)
+    assert not await source.sync_attributes()
+    assert source.health.is_usable
+    await source.close()
+
+
+@pytest.mark.parametrize("error", [0, errno.EIO])
+async def test_a_flush_waits_for_the_sync_of_an_opening_beside_and_fails_with_it(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    gate = Gate(error)
+    monkeypatch.setattr(file_open, "believe_the_disk", gate)
+    opening = asyncio.ensure_future(device.reopened(device.name, read_only=False))
+    assert await flush_beside(device, syncs, gate) == error
+    assert syncs_of(device).is_latched == bool(error)
+    if error:
+        with pytest.raises(ResolveError):
+            await opening
+    else:
+        opened = await opening
+        assert opened is not None
+        await opened.close()
+
+
+async def test_an_opening_beside_that_is_refused_for_another_reason_latches_nothing(
+    device: Device, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").rename(tmp_path / "other")
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    with pytest.raises(ResolveError, match="replaced"):
+        await device.reopened(device.name, read_only=False)
+    await device.flush()
