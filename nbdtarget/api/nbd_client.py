@@ -69,6 +69,10 @@ class NbdClient:
                 self._sock = socket.socket(socket.AF_UNIX)
                 self._sock.settimeout(timeout_s)
                 self._sock.connect(where.socket_path)
+            elif where.cid is not None:
+                self._sock = socket.socket(socket.AF_VSOCK)
+                self._sock.settimeout(timeout_s)
+                self._sock.connect((where.cid, where.port))
             else:
                 address = (where.host, where.port)
                 self._sock = socket.create_connection(address, timeout_s)

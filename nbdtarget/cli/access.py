@@ -41,7 +41,7 @@ def access(
     """Print or set who may attach to an export.
 
     A rule is `rw', `ro' or `none', and conditions that must all hold: cert:GLOB, uid:USER, gid:GROUP,
-    net:NETWORK, tls, unix or any. The first rule that holds decides; if none does, the export does not exist
+    net:NETWORK, vsock:CID, tls, unix, vsock or any. The first rule that holds decides; if none does, the export does not exist
     for that client. Clients that are attached already stay.
     """
     if clear and (rules or export is None):

@@ -13,8 +13,9 @@ Theory of operation. A rule is an access (`rw`, `ro`, `none`) and conditions, wh
                  must verify certificates (--tls-verify-peer), otherwise no client has a name
     uid:USER, gid:GROUP    of the client's process when it connected, as the kernel tells (SO_PEERCRED, SO_PEERGROUPS)
     net:NETWORK  the address of a TCP client; ADDRESS or ADDRESS/BITS
+    vsock:CID    the virtual machine of this number, over vsock; 1 is this machine itself
     tls          the connection is encrypted
-    unix, any    any client of a unix socket; any client at all
+    unix, vsock, any    any client of a unix socket, or of vsock; any client at all
 
 The first rule that holds decides, and a client for which none holds may not attach. An export that has no rules takes those
 of the server (`default`), and if there are none either, everybody who can connect may read and write.
@@ -33,6 +34,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.numbers import ID_MAX, maybe_number
 
 __all__ = ["Access", "AccessRules", "Identity", "Rule", "parse_rule", "parse_rules"]
 
@@ -52,8 +54,9 @@ class Identity:
     """The facts about a client that rules may ask for.
 
     Args:
-        address: of TCP; "" for a unix socket.
-        uid, gids: of the process at the other end of a unix socket; None and empty for TCP.
+        address: of TCP; else "".
+        uid, gids: of the process at the other end of a unix socket; else None and empty.
+        cid: of vsock; else None.
         is_encrypted: through TLS.
         names: in its certificate, if that was verified.
     """
@@ -63,6 +66,7 @@ class Identity:
     gids: tuple[int, ...] = ()
     is_encrypted: bool = False
     names: tuple[str, ...] = ()
+    cid: int | None = None
 
     def __str__(self) -> str:
         """Return the facts that a rule can ask for, for the log."""
@@ -71,6 +75,8 @@ class Identity:
             shown.append(f"uid:{self.uid}")
         if self.address:
             shown.append(f"net:{self.address}")
+        if self.cid is not None:
+            shown.append(f"vsock:{self.cid}")
         return " ".join(shown) or "unknown"
 
 
@@ -188,7 +194,7 @@ def _condition(word: str) -> Condition:
     if colon and value and kind in _KINDS:
         return _KINDS[kind](value)
     raise ValueError(
-        f"`{word}' is none of cert:GLOB, uid:USER, gid:GROUP, net:NETWORK, tls, unix and any"
+        f"`{word}' is none of cert:GLOB, uid:USER, gid:GROUP, net:NETWORK, vsock:CID, tls, unix, vsock and any"
     )
 
 
@@ -197,18 +203,22 @@ def _of_certificate(glob: str) -> Condition:
 
 
 def _of_user(user: str) -> Condition:
-    try:
-        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise ValueError(f"there is no user {user}") from None
+    uid = maybe_number(user, ID_MAX)
+    if uid is None:
+        try:
+            uid = pwd.getpwnam(user).pw_uid
+        except KeyError:
+            raise ValueError(f"there is no user {user}") from None
     return lambda client: client.uid == uid
 
 
 def _of_group(group: str) -> Condition:
-    try:
-        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ValueError(f"there is no group {group}") from None
+    gid = maybe_number(group, ID_MAX)
+    if gid is None:
+        try:
+            gid = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise ValueError(f"there is no group {group}") from None
     return lambda client: gid in client.gids
 
 
@@ -226,14 +236,23 @@ def _of_network(text: str) -> Condition:
     return holds
 
 
+def _of_machine(text: str) -> Condition:
+    cid = maybe_number(text, ID_MAX)
+    if cid is None:
+        raise ValueError(f"{text} is not the number of a machine (CID)")
+    return lambda client: client.cid == cid
+
+
 _WORDS: Final[dict[str, Condition]] = {
     "any": lambda _: True,
     "tls": lambda client: client.is_encrypted,
     "unix": lambda client: client.uid is not None,
+    "vsock": lambda client: client.cid is not None,
 }
 _KINDS: Final[dict[str, Callable[[str], Condition]]] = {
     "cert": _of_certificate,
     "uid": _of_user,
     "gid": _of_group,
     "net": _of_network,
+    "vsock": _of_machine,
 }

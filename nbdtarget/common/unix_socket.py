@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.numbers import ID_MAX, maybe_number
 
 __all__ = [
     "PRIVATE",
@@ -243,8 +244,9 @@ def _bind(path: str, access: SocketAccess) -> socket.socket:
 def _id(name: str | None, what: str) -> int:
     if name is None:
         return -1
-    if name.isascii() and name.isdecimal():
-        return int(name)
+    number = maybe_number(name, ID_MAX)
+    if number is not None:
+        return number
     import grp  # here: hardly any socket has another owner
     import pwd
 

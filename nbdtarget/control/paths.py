@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.numbers import maybe_number
 
 __all__ = [
     "LOOK_TOKEN_VARIABLE",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 SOCKET_PATH_MAX: Final = 107  # bytes
+TCP_PORT_MAX: Final = 0xFFFF
 DIGEST_LENGTH: Final = 16
 CONTROL_DIRECTORY: Final = "control"
 CONTROL_VARIABLE: Final = "NBDTARGET_CONTROL"
@@ -157,9 +159,10 @@ def control_address(given: str | None) -> ControlAddress:
     if address.startswith("tcp:"):
         host, _, port = address.removeprefix("tcp:").rpartition(":")
         host = host.strip("[]")
-        if not (host and port.isascii() and port.isdecimal() and int(port) < 65536):
+        number = maybe_number(port, TCP_PORT_MAX)
+        if not host or number is None:
             raise NbdTargetError(f"{address}: is not tcp:HOST:PORT")
-        return TcpControl(host, int(port))
+        return TcpControl(host, number)
     return Path(address.removeprefix("unix:"))
 
 

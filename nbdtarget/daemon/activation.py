@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.numbers import maybe_number
 
 __all__ = ["PassedSockets", "passed_sockets"]
 
@@ -41,10 +42,10 @@ def passed_sockets(environment: Mapping[str, str] = os.environ) -> PassedSockets
     """
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return PassedSockets()
-    count = environment.get("LISTEN_FDS", "")
-    if not (count.isascii() and count.isdecimal() and int(count) <= FDS_MAX):
+    count = maybe_number(environment.get("LISTEN_FDS", ""), FDS_MAX)
+    if count is None:
         return PassedSockets()
-    fds = range(FIRST_FD, FIRST_FD + int(count))
+    fds = range(FIRST_FD, FIRST_FD + count)
     names = environment.get("LISTEN_FDNAMES", "")
     roles = names.split(":") if names else ["nbd"] * len(fds)
     if len(roles) != len(fds):

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.numbers import maybe_number
 
 __all__ = ["UNSENT_MAX", "WATCHDOG_PID", "Notifier"]
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 VARIABLE: Final = "NOTIFY_SOCKET"
 WATCHDOG_USEC: Final = "WATCHDOG_USEC"
 WATCHDOG_PID: Final = "WATCHDOG_PID"
+USEC_MAX: Final = (1 << 63) - 1
 UNSENT_MAX: Final = 8  # messages; the oldest are forgotten
 
 
@@ -142,7 +144,8 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
     pid = environment.get(WATCHDOG_PID, "")
     if not usec or (pid and pid != str(os.getpid())):
         return None
-    if not (usec.isascii() and usec.isdecimal() and 0 < int(usec) < 1 << 63):
+    number = maybe_number(usec, USEC_MAX)
+    if not number:
         log.warning("$%s: not a number of microseconds: %s", WATCHDOG_USEC, usec)
         return None
-    return int(usec) / 1e6
+    return number / 1e6

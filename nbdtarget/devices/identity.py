@@ -145,10 +145,7 @@ def block_ids(rdev: int) -> tuple[str, ...]:
 
 def nbd_ids(uri: NbdUri) -> tuple[str, ...]:
     """Return the facts that tell an export from others."""
-    server = uri.socket_path or f"{uri.host.lower()}:{uri.port}"
-    if server.startswith("/"):
-        server = os.path.realpath(server)
-    return (f"export={uri.export_name}", f"server={server}")
+    return (f"export={uri.export_name}", f"server={uri.server}")
 
 
 def _read_mark(fd: int, role: str) -> Mark | None:

@@ -22,7 +22,9 @@ from nbdtarget.devices.nbd.scheme import (
     NbdScheme,
     NbdsScheme,
     NbdsUnixScheme,
+    NbdsVsockScheme,
     NbdUnixScheme,
+    NbdVsockScheme,
 )
 from nbdtarget.devices.objects.scheme import AzureScheme, GcsScheme, S3Scheme
 from nbdtarget.devices.packed.scheme import GzipScheme, XzScheme, ZstdScheme
@@ -44,8 +46,10 @@ _OF_DISKS: Final[dict[str, Scheme]] = by_name(
         MemoryScheme(),
         NbdScheme(),
         NbdUnixScheme(),
+        NbdVsockScheme(),
         NbdsScheme(),
         NbdsUnixScheme(),
+        NbdsVsockScheme(),
         *_REMOTE.values(),
         QemuScheme(_REMOTE),
         RbdScheme(),

@@ -7,6 +7,7 @@ import socket
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ListenError
+from nbdtarget.common.numbers import maybe_number
 
 __all__ = [
     "TcpAddress",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 UNIX_PATH_MAX: Final = 107
+TCP_PORT_MAX: Final = 0xFFFF
 VSOCK_NUMBER_MAX: Final = 0xFFFFFFFF
 # CIDs that have a meaning of their own: see vsock(7).
 VSOCK_WORDS: Final = {
@@ -66,8 +68,9 @@ def parse_address(address: str) -> Address:
         return UnixAddress(rest)
     if family == "tcp" and ":" in rest:
         host, _, port = rest.rpartition(":")
-        if port.isascii() and port.isdecimal() and int(port) < 65536:
-            return TcpAddress(host.strip("[]"), int(port))
+        number = maybe_number(port, TCP_PORT_MAX)
+        if number is not None:
+            return TcpAddress(host.strip("[]"), number)
     if family == "vsock":
         where = _maybe_vsock(rest)
         if where is None:
@@ -85,9 +88,9 @@ def parse_address(address: str) -> Address:
 
 def _maybe_vsock(text: str) -> VsockAddress | None:
     cid, _, port = text.partition(":")
-    numbers = [VSOCK_WORDS.get(cid, cid), port]
-    if not all(each.isascii() and each.isdecimal() for each in numbers):
-        return None
-    found = VsockAddress(*map(int, numbers))
+    cid_number = maybe_number(VSOCK_WORDS.get(cid, cid), VSOCK_NUMBER_MAX)
     # The highest number of a port means any free one to the kernel.
-    return found if max(found.cid, found.port + 1) <= VSOCK_NUMBER_MAX else None
+    port_number = maybe_number(port, VSOCK_NUMBER_MAX - 1)
+    if cid_number is None or port_number is None:
+        return None
+    return VsockAddress(cid_number, port_number)

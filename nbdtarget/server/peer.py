@@ -45,4 +45,6 @@ def identity_of(client: socket.socket) -> Identity:
         return Identity(uid=uid, gids=tuple(dict.fromkeys((gid, *more))))
     if client.family in (socket.AF_INET, socket.AF_INET6):
         return Identity(str(client.getpeername()[0]))
+    if client.family == socket.AF_VSOCK:
+        return Identity(cid=client.getpeername()[0])
     return Identity()

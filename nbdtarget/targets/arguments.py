@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ConstructorError, ResolveError
+from nbdtarget.common.numbers import maybe_number
 from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device
@@ -36,7 +37,6 @@ __all__ = [
 SECTORS_MAX: Final = (1 << 63) // SECTOR
 UINT32_MAX: Final = (1 << 32) - 1
 UINT64_MAX: Final = (1 << 64) - 1
-DIGITS_MAX: Final = 20  # of a number of 64 bits
 RATES: Final = "a number of bytes a second, for example 10M; 0 sets no bound"
 
 
@@ -46,13 +46,7 @@ def parse_uint(word: str, number_max: int, *, plus: bool = False) -> int | None:
     Args: plus: the number may have a plus sign, as for `kstrtouint`; otherwise it is digits only, as for `sscanf`.
     """
     digits = word.removeprefix("+") if plus else word
-    if not (digits.isascii() and digits.isdecimal()):
-        return None
-    significant = digits.lstrip("0")
-    if len(significant) > DIGITS_MAX:
-        return None  # `int` would refuse thousands of digits
-    number = int(significant or "0")
-    return number if number <= number_max else None
+    return maybe_number(digits, number_max)
 
 
 def parse_sectors(word: str) -> int | None:

@@ -201,6 +201,8 @@ def _free_kernel_devices() -> Iterator[Path]:
 
 def _connect_kernel(uri: str) -> Path:
     where = parse_nbd_uri(uri)
+    if where.cid is not None:
+        raise AttachError(f"{uri}: the kernel's client speaks no vsock")
     server = (
         ["-unix", where.socket_path]
         if where.socket_path

@@ -589,7 +589,7 @@ DEVICES: Final = (
         "two-exports-of-a-server-are-one-disk",
         "A second export of a server is taken for the first: a table serves another disk than it names.",
         "nbdtarget.devices.nbd.uri:NbdUri.identity",
-        ((", path, self.export_name)", ", path)"),),
+        ((", self.server, self.export_name)", ", self.server)"),),
         ("tests/nbdtarget/devices/nbd/test_uri.py",),
     ),
     Mutant(

@@ -34,6 +34,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.numbers import maybe_number
 from nbdtarget.common.redaction import has_secrets, redacted
 from nbdtarget.devices.helper.rbd_name import RbdImage, parse_rbd, parse_rbd_of_qemu
 from nbdtarget.devices.ranged.options import (
@@ -577,22 +578,24 @@ def _connections(name: str, options: dict[str, str]) -> int:
     text = options.get("connections")
     if text is None:
         return CONNECTIONS
-    if not text.isdecimal() or not 1 <= int(text) <= CONNECTIONS_MAX:
+    connections = maybe_number(text, CONNECTIONS_MAX)
+    if not connections:
         reason = f"connections is a number from 1 to {CONNECTIONS_MAX}, not {text}"
         raise ResolveError(name, reason)
-    return int(text)
+    return connections
 
 
 def _source_timeout_s(name: str, options: dict[str, str]) -> float:
     text = options.get("source-timeout")
     if text is None:
         return SOURCE_TIMEOUT_S
-    if not text.isdecimal() or int(text) > SOURCE_TIMEOUT_S_MAX:
+    seconds = maybe_number(text, SOURCE_TIMEOUT_S_MAX)
+    if seconds is None:
         reason = (
             f"source-timeout is a number from 0 to {SOURCE_TIMEOUT_S_MAX}, not {text}"
         )
         raise ResolveError(name, reason)
-    return float(text)
+    return float(seconds)
 
 
 def _decoded(name: str, text: str) -> str:

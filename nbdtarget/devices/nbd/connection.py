@@ -103,7 +103,13 @@ _clock: Final = LoopClock()
 # Connections that were given up, and have not ended.
 _given_up: list["NbdConnection"] = []
 
-_Address = str | tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+_Address = (
+    str
+    | tuple[str, int]
+    | tuple[str, int, int, int]
+    | tuple[int, bytes]
+    | tuple[int, int]  # vsock
+)
 
 
 class NbdConnection:
@@ -503,7 +509,6 @@ class _Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock: socket.socket | TlsSocket = sock
-        self._loop = asyncio.get_running_loop()
 
     async def start_tls(self, name: str, uri: NbdUri) -> None:
         """Raises: ResolveError: a file is missing or wrong. OSError."""
@@ -528,34 +533,35 @@ class _Channel:
             raise ResolveError(name, reason) from None
         self.sock = tls
         while not tls.handshake():
-            await self._until_ready(for_writing=tls.has_unsent)
+            await _until_ready(tls.fileno(), for_writing=tls.has_unsent)
 
     async def receive(self) -> bytes:
         while True:
             try:
                 return self.sock.recv(_HANDSHAKE_RECEIVE)
             except BlockingIOError:
-                await self._until_ready(for_writing=False)
+                await _until_ready(self.sock.fileno(), for_writing=False)
 
     async def send(self, data: bytes) -> None:
         while data:
             try:
                 data = data[self.sock.send(data) :]
             except BlockingIOError:
-                await self._until_ready(for_writing=True)
+                await _until_ready(self.sock.fileno(), for_writing=True)
 
-    async def _until_ready(self, *, for_writing: bool) -> None:
-        loop, fd = self._loop, self.sock.fileno()
-        ready: asyncio.Future[None] = loop.create_future()
-        # The loop may call again before this coroutine has had its turn.
-        if for_writing:
-            loop.add_writer(fd, _set_done, ready)
-        else:
-            loop.add_reader(fd, _set_done, ready)
-        try:
-            await ready
-        finally:
-            (loop.remove_writer if for_writing else loop.remove_reader)(fd)
+
+async def _until_ready(fd: int, *, for_writing: bool) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    # The loop may call again before this coroutine has had its turn.
+    if for_writing:
+        loop.add_writer(fd, _set_done, ready)
+    else:
+        loop.add_reader(fd, _set_done, ready)
+    try:
+        await ready
+    finally:
+        (loop.remove_writer if for_writing else loop.remove_reader)(fd)
 
 
 def _set_done(future: "asyncio.Future[None]") -> None:
@@ -571,7 +577,7 @@ async def _connected(name: str, uri: NbdUri) -> socket.socket:
             sock.setblocking(False)
             _set_options(sock, family)
             async with timeout(CONNECT_TIMEOUT_S):
-                await asyncio.get_running_loop().sock_connect(sock, address)
+                await _connect_socket(sock, family, address)
             return sock
         except TimeoutError:
             sock.close()
@@ -586,9 +592,29 @@ async def _connected(name: str, uri: NbdUri) -> socket.socket:
     raise ResolveError(name, reason, last.errno or errnos.EIO)
 
 
+async def _connect_socket(sock: socket.socket, family: int, address: _Address) -> None:
+    """Raises: OSError."""
+    loop = asyncio.get_running_loop()
+    if family != socket.AF_VSOCK:
+        await loop.sock_connect(sock, address)
+        return
+    # uvloop would look the address up, as if a CID were the name of a host.
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(address)
+        return
+    await _until_ready(sock.fileno(), for_writing=True)
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error == errnos.ECONNRESET:
+        error = errnos.ECONNREFUSED  # so other families say that nothing listens there
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
 async def _addresses(name: str, uri: NbdUri) -> list[tuple[int, _Address]]:
     if uri.socket_path:
         return [(socket.AF_UNIX, uri.socket_path)]
+    if uri.cid is not None:
+        return [(socket.AF_VSOCK, (uri.cid, uri.port))]
     numeric = socket.AI_NUMERICHOST
     try:
         # A number needs no resolver, and so no thread of the loop's executor.
@@ -617,7 +643,7 @@ def _set_blocking(sock: socket.socket, timeout_s: float) -> None:
 def _set_options(sock: socket.socket, family: int) -> None:
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-    if family == socket.AF_UNIX:
+    if family not in (socket.AF_INET, socket.AF_INET6):
         return
     tcp = socket.IPPROTO_TCP
     sock.setsockopt(tcp, socket.TCP_NODELAY, 1)

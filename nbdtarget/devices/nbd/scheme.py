@@ -13,7 +13,14 @@ from nbdtarget.devices.scheme import Scheme
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = ["NbdScheme", "NbdUnixScheme"]
+__all__ = [
+    "NbdScheme",
+    "NbdUnixScheme",
+    "NbdVsockScheme",
+    "NbdsScheme",
+    "NbdsUnixScheme",
+    "NbdsVsockScheme",
+]
 
 # A query key whose value is a path that begins with neither "/" nor NUL.
 _RELATIVE_PATH: Final = re.compile(
@@ -52,6 +59,12 @@ class NbdUnixScheme(NbdScheme):
     summary: ClassVar[str] = "the same over a unix socket"
 
 
+class NbdVsockScheme(NbdScheme):
+    name: ClassVar[str] = "nbd+vsock"
+    syntax: ClassVar[str] = "nbd+vsock://[CID[:PORT]]/EXPORT"
+    summary: ClassVar[str] = "the same between a virtual machine and its host"
+
+
 class NbdsScheme(NbdScheme):
     name: ClassVar[str] = "nbds"
     syntax: ClassVar[str] = "nbds://HOST[:PORT]/EXPORT"
@@ -62,3 +75,9 @@ class NbdsUnixScheme(NbdScheme):
     name: ClassVar[str] = "nbds+unix"
     syntax: ClassVar[str] = "nbds+unix:///EXPORT?socket=PATH"
     summary: ClassVar[str] = "the same over a unix socket with TLS"
+
+
+class NbdsVsockScheme(NbdScheme):
+    name: ClassVar[str] = "nbds+vsock"
+    syntax: ClassVar[str] = "nbds+vsock://[CID[:PORT]]/EXPORT"
+    summary: ClassVar[str] = "the same between a virtual machine and its host with TLS"

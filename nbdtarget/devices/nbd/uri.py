@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD URIs, as the protocol's URI document defines them; without vsock.
+"""NBD URIs, as the protocol's URI document defines them, and for vsock as libnbd does.
 
     nbd://HOST[:PORT]/EXPORT            TCP; port 10809 by default; IPv6 in brackets
     nbd+unix:///EXPORT?socket=PATH      %00 first in PATH: an abstract socket
-    nbds://…, nbds+unix://…             the same with TLS, or not at all
+    nbd+vsock://[CID[:PORT]]/EXPORT     vsock(7); by default CID 2, which is the host of this machine, and port 10809
+    nbds://…, nbds+unix://…, nbds+vsock://…    the same with TLS, or not at all
 
 Export name and values are %-decoded. A query key that is not known is refused by its name: what it was meant to say, for
 example that a certificate is to be verified, must not be ignored. With TLS:
 
     tls-certificates=DIR       ca-cert.pem, client-cert.pem, … (see `nbdtarget.common.tls_context`); without it, the
                                authorities that the system trusts, and no certificate of ours
-    tls-hostname=NAME          the name in the server's certificate; without it HOST, or localhost for a unix socket
+    tls-hostname=NAME          the name in the server's certificate; without it HOST, or localhost for a unix socket and vsock
     tls-verify-peer=false      any certificate will do
     tls-type=psk, tls-psk-file=FILE, and NAME@ in front of HOST: a pre-shared key
 
@@ -25,12 +26,14 @@ Two are our own, and no part of what the URI names:
 import difflib
 import os
 import pwd
+import socket
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.numbers import ID_MAX, maybe_number
 
 __all__ = [
     "CONNECTIONS",
@@ -43,13 +46,15 @@ __all__ = [
 ]
 
 NBD_PORT: Final = 10809
-NBD_SCHEMES: Final = frozenset({"nbd", "nbd+unix", "nbds", "nbds+unix"})
+NBD_SCHEMES: Final = frozenset(
+    {"nbd", "nbd+unix", "nbd+vsock", "nbds", "nbds+unix", "nbds+vsock"}
+)
 EXPORT_NAME_MAX: Final = 4096  # bytes
 READ_TIMEOUT_S: Final = 60.0
 REQUEST_TIMEOUT_S_MAX: Final = 86_400
 CONNECTIONS: Final = 4
 CONNECTIONS_MAX: Final = 16
-_TLS_SCHEMES: Final = frozenset({"nbds", "nbds+unix"})
+_TLS_SCHEMES: Final = frozenset({"nbds", "nbds+unix", "nbds+vsock"})
 _KEYS: Final = ("socket", "request-timeout", "connections")
 _TLS_KEYS: Final = (
     "tls-type",
@@ -83,8 +88,10 @@ class NbdUri:
     """Where an export is.
 
     Attributes:
-        host, port: TCP; `host` is empty for a unix socket.
-        socket_path: unix socket; starts with NUL if abstract; empty for TCP.
+        host: of TCP; else empty.
+        port: of TCP or vsock.
+        socket_path: unix socket; starts with NUL if abstract; else empty.
+        cid: of vsock; else None.
         read_timeout_s, write_timeout_s: see `request-timeout`; 0: none.
         connections: how many are used at most.
         tls: None: the connection is not encrypted.
@@ -98,34 +105,46 @@ class NbdUri:
     write_timeout_s: float = 0.0
     connections: int = CONNECTIONS
     tls: NbdTls | None = None
+    cid: int | None = None
+
+    @property
+    def server(self) -> str:
+        """The same for each way to write where the server is."""
+        if self.cid is not None:
+            return f"vsock:{self.cid}:{self.port}"
+        path = self.socket_path
+        if path:
+            return path if path.startswith("\0") else os.path.realpath(path)
+        return f"{self.host.lower()}:{self.port}"
 
     @property
     def identity(self) -> Hashable:
         """The same for each way to write this URI."""
-        path = self.socket_path
-        if path and not path.startswith("\0"):
-            path = os.path.realpath(path)
-        return ("nbd", self.host.lower(), self.port, path, self.export_name)
+        return ("nbd", self.server, self.export_name)
 
 
 def parse_nbd_uri(name: str) -> NbdUri:
     """Take an NBD URI apart. Raises: ResolveError."""
     try:
         parts = urlsplit(name)
-        port = parts.port
+        scheme = parts.scheme.lower()
+        # The ports of vsock have higher numbers than those of TCP.
+        port = None if scheme.endswith("+vsock") else parts.port
         export_name = unquote(parts.path.removeprefix("/"), errors="strict")
         query = _query(parts.query)
     except ValueError as error:  # also UnicodeDecodeError
         raise ResolveError(name, f"not an NBD URI: {error}") from None
-    scheme = parts.scheme.lower()
     if scheme not in NBD_SCHEMES:
         raise ResolveError(name, f"{scheme}: is not supported")
     if "\0" in export_name or len(export_name.encode()) > EXPORT_NAME_MAX:
         raise ResolveError(name, "not an export name: it has a NUL or is too long")
     _check_keys(name, scheme, query)
-    tls = (
-        _tls(name, parts.hostname, parts.username, query) if _has_tls(scheme) else None
-    )
+    host_name = None if scheme.endswith("+vsock") else parts.hostname
+    tls = _tls(name, host_name, parts.username, query) if _has_tls(scheme) else None
+    if scheme.endswith("+vsock"):
+        cid, port = _vsock(name, parts.netloc)
+        uri = NbdUri(export_name, port=port, cid=cid, tls=tls)
+        return _with_options(name, uri, query)
     if not scheme.endswith("+unix"):
         if not parts.hostname:
             raise ResolveError(name, "the URI names no host")
@@ -147,12 +166,30 @@ def parse_nbd_uri(name: str) -> NbdUri:
     return _with_options(name, uri, query)
 
 
+def _vsock(name: str, netloc: str) -> tuple[int, int]:
+    """Return CID and port. Raises: ResolveError."""
+    cid, colon, port = netloc.rpartition("@")[2].partition(":")
+    found = (
+        maybe_number(cid or str(socket.VMADDR_CID_HOST), ID_MAX),
+        maybe_number(port if colon else str(NBD_PORT), ID_MAX),
+    )
+    if found[0] is None or found[1] is None:
+        reason = "CID and port of vsock are numbers, as in nbd+vsock://2:10809/EXPORT"
+        raise ResolveError(name, reason)
+    return found[0], found[1]
+
+
 def _has_tls(scheme: str) -> bool:
     return scheme in _TLS_SCHEMES
 
 
 def _check_keys(name: str, scheme: str, query: dict[str, str]) -> None:
     for key in query:
+        if key == "socket" and not scheme.endswith("+unix"):
+            reason = (
+                f"`socket' is for unix sockets: write {scheme.partition('+')[0]}+unix:"
+            )
+            raise ResolveError(name, reason)
         if key in _KEYS or (key in _TLS_KEYS and _has_tls(scheme)):
             continue
         if key in _TLS_KEYS:
@@ -198,18 +235,20 @@ def _local_user() -> str:
 
 def _with_options(name: str, uri: NbdUri, query: dict[str, str]) -> NbdUri:
     if (text := query.get("request-timeout")) is not None:
-        if not text.isdecimal() or int(text) > REQUEST_TIMEOUT_S_MAX:
+        limit_s = maybe_number(text, REQUEST_TIMEOUT_S_MAX)
+        if limit_s is None:
             reason = (
                 f"request-timeout is 0 to {REQUEST_TIMEOUT_S_MAX} seconds, not {text}"
             )
             raise ResolveError(name, reason)
-        seconds = float(text)
+        seconds = float(limit_s)
         uri = replace(uri, read_timeout_s=seconds, write_timeout_s=seconds)
     if (text := query.get("connections")) is not None:
-        if not text.isdecimal() or not 1 <= int(text) <= CONNECTIONS_MAX:
+        connections = maybe_number(text, CONNECTIONS_MAX)
+        if not connections:
             reason = f"connections is a number from 1 to {CONNECTIONS_MAX}, not {text}"
             raise ResolveError(name, reason)
-        uri = replace(uri, connections=int(text))
+        uri = replace(uri, connections=connections)
     return uri
 
 

@@ -19,6 +19,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.numbers import maybe_number
 
 __all__ = [
     "CONNECTIONS",
@@ -103,8 +104,9 @@ def absolute_options(name: str, directory: str) -> str:
 
 def _number(name: str, found: dict[str, str], key: str, least: int, most: int) -> int:
     text = found[key]
-    if not text.isdecimal() or not least <= int(text) <= most:
+    number = maybe_number(text, most)
+    if number is None or number < least:
         raise ResolveError(
             name, f"{key} is a number from {least} to {most}, not {text}"
         )
-    return int(text)
+    return number

@@ -58,7 +58,14 @@ def test_address_that_ipv6_wraps_is_that_of_ipv4() -> None:
 
 
 def test_client_of_vsock_is_neither_unix_nor_a_network() -> None:
-    vsock = Identity()
+    vsock = Identity(cid=3)
+    assert str(vsock) == "vsock:3"
+    assert parse_rule("rw vsock:3").holds(vsock)
+    assert not parse_rule("rw vsock:4").holds(vsock)
+    assert parse_rule("rw vsock").holds(vsock)
+    for other in (ALICE, LOCAL):
+        assert not parse_rule("rw vsock").holds(other)
+        assert not parse_rule("rw vsock:3").holds(other)
     assert not parse_rule("rw unix").holds(vsock)
     assert not parse_rule("rw net:0.0.0.0/0").holds(vsock)
     assert parse_rule("rw any").holds(vsock)
@@ -75,6 +82,10 @@ def test_client_of_vsock_is_neither_unix_nor_a_network() -> None:
         ("rw any:x", "`any:x' is none of"),
         ("rw uid:no-such-user", "there is no user no-such-user"),
         ("rw gid:no-such-group", "there is no group no-such-group"),
+        (f"rw uid:{'9' * 5000}", "there is no user 999"),
+        (f"rw gid:{'9' * 5000}", "there is no group 999"),
+        ("rw vsock:host", "host is not the number of a machine"),
+        ("rw vsock:4294967295", "4294967295 is not the number of a machine"),
         ("rw net:192.0.2.1/24", "has host bits set"),
         ("rw net:localhost", "does not appear to be an IPv4 or IPv6 network"),
     ],

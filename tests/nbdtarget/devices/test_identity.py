@@ -125,6 +125,8 @@ async def test_memory_is_another_disk_each_time() -> None:
 
 def test_export_is_known_by_its_name_and_server(tmp_path: Path) -> None:
     assert nbd_ids(parse_nbd_uri("nbd://Host/x")) == ("export=x", "server=host:10809")
+    vsock = nbd_ids(parse_nbd_uri("nbd+vsock:///x"))
+    assert vsock == ("export=x", "server=vsock:2:10809")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "s.sock")
     (direct, linked) = (

@@ -41,6 +41,7 @@ def test_address(text: str, expected: object) -> None:
         "vsock:4294967296:1",
         "vsock:²:1",
         "vsock:3:1:2",
+        pytest.param("vsock:3:" + "9" * 5000, id="long"),
     ],
 )
 def test_vsock_that_is_none(text: str) -> None:

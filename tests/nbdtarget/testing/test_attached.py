@@ -103,3 +103,8 @@ def test_kernels_devices_in_use_are_passed_over(
     monkeypatch.setattr(attached, "BLOCK_DEVICES", tmp_path / "none")
     with pytest.raises(AttachError, match="no free /dev/nbdN"):
         attached._connect_kernel("nbd://127.0.0.1/d")
+
+
+def test_kernels_client_cannot_be_asked_for_vsock() -> None:
+    with pytest.raises(attached.AttachError, match="speaks no vsock"):
+        attached._connect_kernel("nbd+vsock://1/d")

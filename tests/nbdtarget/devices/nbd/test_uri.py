@@ -25,6 +25,13 @@ from nbdtarget.devices.nbd.uri import NbdTls, NbdUri, parse_nbd_uri
         ("nbd+unix://?socket=/run/s", NbdUri("", socket_path="/run/s")),
         ("nbd+unix:///?socket=/a%20b+c", NbdUri("", socket_path="/a b+c")),
         ("nbd+unix:///?socket=%00abstract", NbdUri("", socket_path="\0abstract")),
+        ("nbd+vsock://1:10810/d", NbdUri("d", port=10810, cid=1)),
+        ("nbd+vsock:///d", NbdUri("d", port=10809, cid=2)),
+        ("nbd+vsock://7", NbdUri("", port=10809, cid=7)),
+        (
+            "nbd+vsock://4294967294:4294967294/d",
+            NbdUri("d", port=0xFFFFFFFE, cid=0xFFFFFFFE),
+        ),
     ],
 )
 def test_parse_what_people_write(text: str, expected: NbdUri) -> None:
@@ -77,7 +84,22 @@ def test_user_without_a_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nbds://host/?tls-type=x509&tls-psk-file=/k", "belong together"),
         ("nbds+unix://user@host/?socket=/s", "has no host"),
         ("nbd+unix://user@/?socket=/s", "has no host"),
-        ("nbd+vsock://1/", "nbd\\+vsock: is not supported"),
+        ("nbd+vsock://host/", "CID and port of vsock are numbers"),
+        ("nbd+vsock://1:/", "CID and port of vsock are numbers"),
+        ("nbd+vsock://1:x/", "CID and port of vsock are numbers"),
+        ("nbd+vsock://4294967295/", "CID and port of vsock are numbers"),
+        ("nbd+vsock://1:4294967295/", "CID and port of vsock are numbers"),
+        ("nbd+tcp://1/", "nbd\\+tcp: is not supported"),
+        (
+            "nbd://host/?socket=/s",
+            r"`socket' is for unix sockets: write nbd\+unix:",
+        ),
+        (
+            "nbds+vsock://1/?socket=/s",
+            r"`socket' is for unix sockets: write nbds\+unix:",
+        ),
+        (f"nbd://host/?connections={'9' * 5000}", "is a number from 1 to 16"),
+        (f"nbd://host/?request-timeout={'9' * 5000}", "is 0 to 86400 seconds"),
     ],
 )
 def test_parse_refuses_in_one_line(text: str, reason: str) -> None:
@@ -90,6 +112,16 @@ def test_parse_refuses_in_one_line(text: str, reason: str) -> None:
     ("text", "expected"),
     [
         ("nbds://host/d", NbdUri("d", "host", tls=NbdTls("host"))),
+        ("nbds+vsock://3/d", NbdUri("d", cid=3, tls=NbdTls("localhost"))),
+        (
+            "nbds+vsock://alice@3:4/d?tls-psk-file=/k",
+            NbdUri(
+                "d",
+                port=4,
+                cid=3,
+                tls=NbdTls("localhost", psk_file="/k", username="alice"),
+            ),
+        ),
         (
             "nbds+unix:///d?socket=/s",
             NbdUri("d", socket_path="/s", tls=NbdTls("localhost")),
@@ -117,5 +149,9 @@ def test_identity_is_one_for_all_ways_to_write_it() -> None:
     assert first == parse_nbd_uri("nbd://host:10809/x").identity
     assert first != parse_nbd_uri("nbd://host/y").identity
     assert first == parse_nbd_uri("nbds://host/x?tls-verify-peer=0").identity
+    vsock = parse_nbd_uri("nbd+vsock:///x").identity
+    assert vsock == parse_nbd_uri("nbds+vsock://2:10809/x").identity
+    assert vsock != parse_nbd_uri("nbd+vsock://3/x").identity
+    assert vsock != parse_nbd_uri("nbd+vsock://2:10810/x").identity
     unix = parse_nbd_uri("nbd+unix:///x?socket=/run/../run/s").identity
     assert unix == parse_nbd_uri("nbd+unix:///x?socket=/run/s").identity

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connecting over vsock, on each event loop. Whether it is vsock indeed shows in `make vm-test`: here, TCP plays its part."""
+
+import asyncio
+import errno as errnos
+import socket
+from typing import Final
+
+import pytest
+import uvloop
+
+from nbdtarget.devices.nbd import connection as nbd_connection
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
+
+LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("is_listening", [True, False], ids=["listening", "refused"])
+def test_connecting_waits_for_the_other_end(loop: str, is_listening: bool) -> None:
+    async def main() -> None:
+        server = socket.create_server(("127.0.0.1", 0))
+        address = server.getsockname()
+        if not is_listening:
+            server.close()
+        with socket.socket() as sock, server:
+            sock.setblocking(False)
+            connecting = nbd_connection._connect_socket(sock, socket.AF_VSOCK, address)
+            if is_listening:
+                await connecting
+                assert sock.getpeername() == address
+            else:
+                with pytest.raises(ConnectionRefusedError):
+                    await connecting
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+async def test_reset_while_connecting_means_that_nothing_listens() -> None:
+    """So the kernel says it for vsock."""
+
+    class Resetting(socket.socket):
+        def connect(self, _: object) -> None:
+            raise BlockingIOError
+
+        def getsockopt(self, *_: object) -> int:  # type: ignore[override]
+            return errnos.ECONNRESET
+
+    with socket.create_server(("127.0.0.1", 0)) as server, Resetting() as sock:
+        socket.socket.connect(sock, server.getsockname())
+        with pytest.raises(ConnectionRefusedError):
+            await nbd_connection._connect_socket(sock, socket.AF_VSOCK, (1, 2))
+
+
+async def test_address_needs_no_look_up() -> None:
+    uri = parse_nbd_uri("nbd+vsock://4000000000:4000000001/d")
+    addresses = await nbd_connection._addresses("d", uri)
+    assert addresses == [(socket.AF_VSOCK, (4000000000, 4000000001))]
+
+
+def test_options_of_tcp_are_not_set_for_vsock() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:  # it would refuse them, as vsock does
+        nbd_connection._set_options(sock, socket.AF_VSOCK)
