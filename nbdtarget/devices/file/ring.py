@@ -89,7 +89,7 @@ class RingReader:
         self.loop.remove_reader(self.ring.event_fd)
 
 
-_reader: RingReader | None = None
+_readers: Final[dict[asyncio.AbstractEventLoop, RingReader]] = {}
 _is_allowed: bool | None = None  # not tried yet
 _finding_out = Lock()
 
@@ -109,16 +109,20 @@ def find_out() -> None:
 
 def maybe_reader() -> RingReader | None:
     """Return the reader of the running loop, or None: there is no io_uring for us."""
-    global _is_allowed, _reader
+    global _is_allowed
     if not _is_allowed:
         return None
     loop = asyncio.get_running_loop()
-    if _reader is not None and _reader.loop is loop:
-        return _reader
+    reader = _readers.get(loop)
+    if reader is not None:
+        return reader
+    for other in list(_readers):
+        if other.is_closed():
+            _readers.pop(other, None)
     try:
-        _reader = RingReader(loop)
+        reader = _readers[loop] = RingReader(loop)
     except (OSError, MemoryError) as error:  # refused, or no memory for the rings
         _is_allowed = False
         log.info("no io_uring: reads go to worker threads: %s", error)
         return None
-    return _reader
+    return reader

@@ -353,7 +353,7 @@ async def test_replies_wait_behind_what_the_client_has_not_read(site: Site) -> N
 async def test_ring_that_is_full_leaves_the_rest_to_bios(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring, "_reader", None)
+    monkeypatch.setattr(ring, "_readers", {})
     monkeypatch.setattr(ring, "READS_MAX", 4)
     held = Held()
     _, peer = await make_linear(site)

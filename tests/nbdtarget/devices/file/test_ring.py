@@ -60,7 +60,7 @@ async def test_reads_need_no_thread(device: FileDevice) -> None:
 async def test_more_reads_than_the_ring_takes_go_to_threads(
     device: FileDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring, "_reader", None)
+    monkeypatch.setattr(ring, "_readers", {})
     monkeypatch.setattr(ring, "READS_MAX", 4)
     reads = [begin(device, nr * 4096, 4096) for nr in range(50)]
     for nr, bio in enumerate(await asyncio.gather(*reads)):
@@ -94,7 +94,7 @@ async def test_read_that_fails_is_told_by_the_thread_that_meets_it_again(
 async def test_without_io_uring_threads_read(
     device: FileDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring, "_reader", None)
+    monkeypatch.setattr(ring, "_readers", {})
     monkeypatch.setattr(ring, "_is_allowed", False)
     assert (await device.read(4096, 4096)) == CONTENT[4096:8192]
 
@@ -109,7 +109,7 @@ async def test_io_uring_that_is_refused_is_not_tried_again(
         tried.append(1)
         raise PermissionError(errnos.EPERM, "io_uring_setup")
 
-    monkeypatch.setattr(ring, "_reader", None)
+    monkeypatch.setattr(ring, "_readers", {})
     monkeypatch.setattr(ring, "_is_allowed", True)
     monkeypatch.setattr(ring, "Ring", refuse)
     for _ in range(3):
@@ -168,7 +168,7 @@ async def test_close_waits_for_reads_of_the_compiled_path(device: FileDevice) ->
 async def test_reads_that_the_kernel_does_not_take_are_offered_again(
     device: FileDevice, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(ring, "_reader", None)
+    monkeypatch.setattr(ring, "_readers", {})
     reader = ring.maybe_reader()
     assert reader is not None
     real = reader.ring
@@ -192,3 +192,33 @@ async def test_reads_that_the_kernel_does_not_take_are_offered_again(
     async with asyncio.timeout(PATIENCE_S):
         assert (await device.read(4096, 4096)) == CONTENT[4096:8192]
     assert len(refused) == 3
+
+
+class RingWithoutReads:
+    """Stands in for a ring, also where io_uring is not allowed."""
+
+    def __init__(self, _: int) -> None:
+        self.event_fd = os.eventfd(0)
+
+
+def test_each_loop_has_a_reader_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "_readers", {})
+    monkeypatch.setattr(ring, "_is_allowed", True)
+    monkeypatch.setattr(ring, "Ring", RingWithoutReads)
+
+    async def reader() -> ring.RingReader:
+        found = ring.maybe_reader()
+        assert found is not None
+        assert found.loop is asyncio.get_running_loop()
+        return found
+
+    loops = [asyncio.new_event_loop() for _ in range(3)]
+    readers = [loop.run_until_complete(reader()) for loop in loops[:2]]
+    # They keep them, in whatever order the loops run.
+    assert [loop.run_until_complete(reader()) for loop in loops[:2]] == readers
+    loops[0].close()
+    readers.append(loops[2].run_until_complete(reader()))
+    assert list(ring._readers) == loops[1:]  # a closed loop is forgotten
+    for loop, each in zip(loops, readers, strict=True):
+        loop.close()
+        os.close(each.ring.event_fd)
