@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,11 +20,17 @@ NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 SECTORS = 8192
 # Reads are given up after a sixth, devices are not waited for after a half: a busy machine has seconds to commit between.
 STOP_S = 6
-ENDED_S_MAX = 25  # without this bound it takes 30 s and more
 
+# The bounds that hold where no option names one are so long that a server which does not keep to the option does not end.
+NO_OTHER_BOUND = """
+from nbdtarget.daemon import stop_bounds
+stop_bounds.REQUESTS_S_MAX = stop_bounds.DEVICES_S_MAX = 1e6
+stop_bounds.StopBounds.__new__.__defaults__ = (1e6,)
+"""
+PROGRAM = NO_OTHER_BOUND + NBDTARGET[-1]
 
 # A read of the source never returns, as on a mount whose server has gone.
-DEAD_MOUNT = """
+DEAD_MOUNT = f"""{NO_OTHER_BOUND}
 import os, time
 os.environ["NBDTARGET_PURE"] = "1"  # compiled code would read without asking `submit`
 from nbdtarget.bio import OP_READ
@@ -45,7 +50,7 @@ main()
 
 @contextmanager
 def started(
-    work: Path, *argv: str, program: str = NBDTARGET[-1]
+    work: Path, *argv: str, program: str = PROGRAM
 ) -> Iterator[subprocess.Popen[str]]:
     """A server of ours, from the first line that it prints on."""
     process = subprocess.Popen(
@@ -97,12 +102,11 @@ def far(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str, float]:
-    """Exit status, what it said on stderr, and how long it took."""
-    begun = time.monotonic()
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status, and what it said on stderr."""
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, err, time.monotonic() - begun
+    return process.returncode, err
 
 
 def connects(path: Path) -> bool:
@@ -143,10 +147,9 @@ def test_sigterm_commits_a_clone_whose_source_hangs(
         stopped(far),
         nbd_read(tmp_path / "nbd.sock", "dest") as client,
     ):
-        status, err, took_s = end(clone)
+        status, err = end(clone)
         answer = client.recv(4096)
     assert status == 0, err
-    assert took_s < ENDED_S_MAX
     assert "far.sock: does not answer: 1 requests are given up" in err
     assert answer[4:8] == (5).to_bytes(4, "big"), "EIO, in a reply of its own"
     # Nothing is in doubt: the same line goes on.
@@ -165,8 +168,7 @@ def test_sigterm_ends_a_clone_whose_source_is_on_a_dead_mount(
     with started(tmp_path, *argv, *stop, program=DEAD_MOUNT) as clone:
         (tmp_path / "dead").touch()
         with nbd_read(tmp_path / "nbd.sock", "dest"):
-            status, err, took_s = end(clone)
-    assert took_s < ENDED_S_MAX
+            status, err = end(clone)
     assert "dest: no answer from" in err
     assert "source.img (1 requests)" in err
     assert "leaving without waiting for: " in err
@@ -193,9 +195,8 @@ def test_sigterm_with_a_hanging_disk_commits_the_other_devices(
         stopped(far),
         nbd_read(tmp_path / "nbd.sock", "far"),
     ):
-        status, err, took_s = end(serve)
+        status, err = end(serve)
     assert status == 1
-    assert took_s < ENDED_S_MAX
     assert "/dev/mapper/far: no answer from nbd+unix:///far?socket=" in err
     assert "/dev/mapper/far: could not be committed" in err
     assert "near" not in err
