@@ -45,6 +45,7 @@ class Held:
     """From `hold` to `let_go` the loop does not hear of reads that have ended."""
 
     def __init__(self) -> None:
+        ring.find_out()  # as when a file is opened: this may be the first test of its process
         reader = ring.maybe_reader()
         assert reader is not None
         self.reader = reader
