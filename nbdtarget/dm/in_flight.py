@@ -40,7 +40,8 @@ class InFlight:
 
     def end_reads(self, nr: int) -> None:
         self.count -= nr
-        self._look_at_count()
+        if not self.count:
+            self._look_at_count()
 
     def holds(self, bio: Bio) -> bool:
         """Whether this bio itself is counted, and not only others that were made for it."""

@@ -168,9 +168,11 @@ class Flow:
                 min(max(nr_requests, 1), limits.requests_in_flight_max),
                 min(max(nr_bytes, limits.guaranteed_bytes), limits.bytes_in_flight_max),
             )
+        # As `_bytes_max`, without asking the budget again.
+        bytes_max = min(limits.bytes_in_flight_max, TIMES_WHAT_IS_LEFT * nr_bytes)
         return (
             min(nr_requests, limits.requests_in_flight_max - self.nr_requests),
-            min(nr_bytes, self._bytes_max() - self.nr_bytes),
+            min(nr_bytes, bytes_max - self.nr_bytes),
         )
 
     def begin_requests(self, nr: int, nr_bytes: int) -> None:

@@ -19,7 +19,7 @@ A READ for which there is no room is served in the usual way, where it meets the
 
 from collections.abc import Callable
 
-from nbdtarget.server.flow import Flow
+from nbdtarget.server.flow import TIMES_WHAT_IS_LEFT, Flow
 from nbdtarget.server.output import Output
 from nbdtarget.server.requests import Requests
 from nbdtarget.server.shared import Host
@@ -33,7 +33,15 @@ class RingReads:
     Attributes: is_alone: returns whether no request of any connection is in flight.
     """
 
-    __slots__ = ("_flow", "_host", "_output", "_requests", "is_alone")
+    __slots__ = (
+        "_bytes_room",
+        "_flow",
+        "_host",
+        "_nr_room",
+        "_output",
+        "_requests",
+        "is_alone",
+    )
 
     def __init__(
         self,
@@ -46,15 +54,26 @@ class RingReads:
         self._host, self._requests = host, requests
         self._output, self._flow = output, flow
         self.is_alone = is_alone
+        self._nr_room = self._bytes_room = 0  # what `room` has returned last
 
+    # hot: these four once for each batch of READs that miss the page cache
     def room(self) -> tuple[int, int]:
         """Return how many READs, and how many bytes of them, may begin now."""
-        return self._flow.room()
+        self._nr_room, self._bytes_room = room = self._flow.room()
+        return room
 
-    # hot: these three once for each batch of READs that miss the page cache
     def begun(self, nr: int, nr_bytes: int) -> None:
-        self._flow.begin_requests(nr, nr_bytes)
-        self._requests.look_at_bounds()
+        flow = self._flow
+        flow.begin_requests(nr, nr_bytes)
+        # Looking at all bounds costs as much as the rest of this call. No bound is met while so much of the room is left: bytes that are
+        # taken from the budget also lower how many a connection may have (TIMES_WHAT_IS_LEFT). Where nothing else is in flight, `room`
+        # may have returned more than is left, or was not asked.
+        if (
+            flow.nr_requests == nr
+            or nr >= self._nr_room
+            or (1 + TIMES_WHAT_IS_LEFT) * nr_bytes > self._bytes_room
+        ):
+            self._requests.look_at_bounds()
 
     def may_send(self) -> bool:
         output = self._output

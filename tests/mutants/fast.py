@@ -9,6 +9,7 @@ __all__ = ["FAST"]
 
 TURNS: Final = ("tests/nbdtarget/server/test_fast_turn.py",)
 RING_READS: Final = ("tests/nbdtarget/server/test_ring_reads.py",)
+RING_BOUNDS: Final = ("tests/nbdtarget/server/test_ring_bounds.py",)
 WINDOWS: Final = ("tests/nbdtarget/devices/file/test_windows.py",)
 DURABLE: Final = ("tests/nbdtarget/server/test_shared_flush.py",)
 
@@ -191,8 +192,15 @@ FAST: Final = (
         "reads-in-the-ring-have-no-bound",
         "One client has the server hold as much memory as it likes.",
         "nbdtarget.server.ring_reads:RingReads.room",
-        (("return self._flow.room()", "return 1 << 30, 1 << 40"),),
+        (("self._flow.room()", "1 << 30, 1 << 40"),),
         RING_READS,
+    ),
+    Mutant(
+        "bound-met-by-reads-in-the-ring-is-seen-late",
+        "A client goes on though its bound is met: it takes what is there for the others.",
+        "nbdtarget.server.ring_reads:RingReads.begun",
+        (("flow.nr_requests == nr\n", "False\n"),),
+        RING_BOUNDS,
     ),
     Mutant(
         "read-that-came-short-is-not-read-again",
