@@ -155,6 +155,7 @@ class VmTest(NamedTuple):
         is_tcp: the server is reached over TCP, where it also speaks TLS; else over a unix socket.
         is_root_served: its root disk is the device `root`, by QEMU's own NBD client.
         has_package: the Debian package lies beside the script.
+        has_certificates: those of a server and of its authority lie beside the script.
         has_systemd: the machine boots as usual, and its root disk stays over all boots.
         nr_boots: the script runs so often, each time with a new machine and a new server on the same disks.
     """
@@ -164,6 +165,7 @@ class VmTest(NamedTuple):
     is_tcp: bool = False
     is_root_served: bool = False
     has_package: bool = False
+    has_certificates: bool = False
     has_systemd: bool = False
     nr_boots: int = 1
 
@@ -176,6 +178,7 @@ TESTS: Final = (
     VmTest("killed", ("clone", "cache"), is_tcp=True),
     VmTest("tcp", ("clone", "cache"), is_tcp=True),
     VmTest("root", ("root",), is_root_served=True, nr_boots=2),
+    VmTest("vsock", (), has_package=True, has_certificates=True),
     VmTest("systemd", (), has_package=True, has_systemd=True, nr_boots=3),
 )
 
@@ -190,8 +193,11 @@ def boot(test: VmTest, image: Image, work: Path) -> bool:
     host = Host(work, image, is_tcp=test.is_tcp)
     host.start(test.devices)
     files = [_package(work)] if test.has_package else []
-    if test.is_tcp:
+    if test.is_tcp or test.has_certificates:
         files.append(host.certificates / "ca-cert.pem")
+    if test.has_certificates:
+        names = ("server-cert.pem", "server-key.pem")
+        files += [host.certificates / name for name in names]
     uri = f"driver=nbd,server.type=unix,server.path={host.socket},export=root"
     status = run(
         image,

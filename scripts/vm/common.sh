@@ -14,6 +14,11 @@ host() {
 # The address of the host's NBD server.
 server=10.0.2.100
 
+# The Debian package of this tree; only tests that say so have it (`has_package` in scripts/vm_test.py).
+install_package() {
+    dpkg -i ./nbdtarget.deb >/tmp/dpkg.log 2>&1 || { cat /tmp/dpkg.log; return 1; }
+}
+
 # attach DEVICE EXPORT CONNECTIONS
 attach() {
     nbd-client "$server" 10809 "$1" -N "$2" -C "$3" >/tmp/nbd-client.log 2>&1 || { cat /tmp/nbd-client.log; return 1; }

@@ -32,7 +32,7 @@ RELEASE: Final = "bookworm"
 KERNEL: Final = "linux-image-6.12-cloud-amd64"
 PACKAGES: Final = (
     *("systemd-sysv", "udev", "dbus", "kmod", "procps", "iproute2", "busybox-static"),
-    *("nbd-client", "e2fsprogs", "xfsprogs", "btrfs-progs"),
+    *("nbd-client", "libnbd-bin", "e2fsprogs", "xfsprogs", "btrfs-progs"),
     *("lvm2", "cryptsetup-bin", "dmsetup", "python3", "python3-venv", KERNEL),
 )
 TOOLS: Final = {  # program: package, on this machine

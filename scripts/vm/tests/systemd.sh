@@ -8,7 +8,7 @@ property() { systemctl show --value --property="$1" nbdtarget.service; }
 
 # The first boot: install.
 if [ ! -e /usr/bin/nbdtarget ]; then
-    dpkg -i ./nbdtarget.deb >/tmp/dpkg.log || { cat /tmp/dpkg.log; exit 1; }
+    install_package
     truncate -s 256M /srv/golden.img
     mkfs.ext4 -q /srv/golden.img
     mount -o loop /srv/golden.img /mnt
