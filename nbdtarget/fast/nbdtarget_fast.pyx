@@ -132,19 +132,24 @@ cdef extern from *:
     #define socket_send send
     #endif
 
-    /* Wait until one of them is readable. Returns 1: the first one is; -1: only the other one is; 0: neither. */
+    enum { FIRST_READY = 1, OTHER_READY = 2 };
+
+    /* Wait until one of them is readable. Returns which are; 0: neither. */
     static inline int wait_for_either(int fd, int other_fd, int64_t wait_ns) {
         struct pollfd places[2] = {{.fd = fd, .events = POLLIN}, {.fd = other_fd, .events = POLLIN}};
         const struct timespec time = {wait_ns / 1000000000, wait_ns % 1000000000};
         if (ppoll(places, 2, &time, NULL) <= 0)
             return 0;
-        return places[0].revents ? 1 : -1;
+        return (places[0].revents ? FIRST_READY : 0) | (places[1].revents ? OTHER_READY : 0);
     }
     """
     ssize_t file_preadv2(int fd, const iovec *places, int count, off_t offset, int flags) nogil
     ssize_t file_pwrite(int fd, const void *data, size_t length, off_t offset) nogil
     ssize_t socket_recv(int fd, void *data, size_t length, int flags) nogil
     ssize_t socket_send(int fd, const void *data, size_t length, int flags) nogil
+    enum:
+        FIRST_READY
+        OTHER_READY
     int wait_for_either(int fd, int other_fd, int64_t wait_ns) nogil
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -2025,11 +2030,9 @@ cdef class Plane:
             self.spin_penalty = min(2 * self.spin_penalty + 1, SPIN_SKIP_MAX)
             self.spin_skip = self.spin_penalty
         ready = wait_for_either(self.sock, self.loop_fd, end - now) if now < end else 0
-        if ready > 0:
-            return self._receive(into, room)
-        if ready < 0:
+        if ready & OTHER_READY:
             self._note_disturbance()
-        return NOTHING_CAME
+        return self._receive(into, room) if ready & FIRST_READY else NOTHING_CAME
 
     cdef inline void _note_disturbance(self) noexcept nogil:
         """The loop has something else to do. More may follow, in the steps of a task, which nothing tells."""
@@ -2098,7 +2101,7 @@ cdef class Plane:
         Args: reply: where the arena has room for its reply.
         """
         cdef iovec places[PLACES_MAX]
-        cdef int nr, nr_places = 1
+        cdef int nr, earlier, nr_places = 1
         cdef File *file = pieces[0].file
         cdef Py_ssize_t head = self.data_bytes, before = self.out - self.base
         cdef Py_ssize_t sent
@@ -2139,7 +2142,11 @@ cdef class Plane:
         taken_ns = now_ns() - began
         for nr in range(nr_pieces):
             file = pieces[nr].file
-            map_sent(&file.mapping, file.fake_send_ns or taken_ns)
+            for earlier in range(nr):
+                if pieces[earlier].file == file:
+                    break
+            else:
+                map_sent(&file.mapping, file.fake_send_ns or taken_ns)
         if sent == before + head + <Py_ssize_t>length:
             pieces[0].file.mapping.table.nr_sent += 1
             self._all_sent(self.out + head)

@@ -24,14 +24,15 @@ from nbdtarget.fast.compiled import FastFile, Windows
 
 __all__ = ["WINDOWS_MAX", "FileWindows", "give_back", "windows_of_loop"]
 
-WINDOWS_MAX: Final = 1 << 30  # bytes of all windows; and an eighth of the memory
+# Bytes of the windows of one event loop (the server has one); and an eighth of the memory.
+WINDOWS_MAX: Final = 1 << 30
 SWEEP_S: Final = 5.0
 SWEEP_STEP: Final = 8  # windows that are given back in one turn of the loop
 SWEEP_STEP_S: Final = 0.05
 
 
 def bytes_max() -> int:
-    """Return how many bytes of files may be mapped."""
+    """Return how many bytes of files may be mapped for one event loop."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(WINDOWS_MAX, memory // 8)
 

@@ -497,6 +497,38 @@ def test_after_sends_that_take_long_more_and_more_reads_are_copied(
     assert [reads_until_sent(bench) for _ in range(2)] == [0, 2 * 64 + 1]
 
 
+def test_send_that_takes_long_counts_once_for_each_file_of_a_read(
+    bench: Mapped, tmp_path: Path
+) -> None:
+    (tmp_path / "source").write_bytes(bench.content)
+    with (tmp_path / "source").open("rb") as opened:
+        other = FastFile(opened.fileno(), 0, lambda: None, lambda *_: None)
+        other.size = other.read_max = SIZE
+        other.windows = bench.windows
+        bits = bitarray("01" * 32, endian="little")
+        bench.route = Route.by_bitmap(bench.file, other, bits, 64, 14, 0, SIZE)
+        bench.route.can_read = True
+        length = 10 << 14  # five pieces of each file
+
+        def copied_until_sent() -> int:
+            before, nr = bench.windows.nr_sent, 0
+            while True:
+                assert bench.turn(request(READ, 0, length)) == DONE
+                while bench.replies():
+                    pass
+                if bench.windows.nr_sent > before:
+                    return nr
+                nr += 1
+
+        bench.file.fake_send_ns = 1
+        other.fake_send_ns = 1_000_001
+        assert [copied_until_sent() for _ in range(3)] == [0, 1, 3]
+        bench.file.fake_send_ns, other.fake_send_ns = 1_000_001, 1
+        assert [copied_until_sent() for _ in range(3)] == [7, 1, 3]
+        bench.route.close()
+        bench.windows.drop(other.owner, 100)
+
+
 def test_file_that_cannot_be_mapped_now_is_mapped_later(bench: Mapped) -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE

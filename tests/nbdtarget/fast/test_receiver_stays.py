@@ -163,13 +163,22 @@ def test_what_else_the_loop_has_to_do_ends_the_stay(staying: Staying) -> None:
     assert not staying.flushed
 
 
+@pytest.mark.parametrize("sleeps", [False, True], ids=["spins", "sleeps"])
 def test_what_else_the_loop_has_to_do_is_seen_between_two_requests(
-    staying: Staying,
+    staying: Staying, sleeps: bool
 ) -> None:
+    if sleeps:
+        # The thread looks for the next request in vain, and so it does not do that the next time.
+        staying.plane.stay_idle_ns = 1
+        staying.turn(write(2, FUA))
+        assert staying.answers() == [ANSWER]
+        staying.plane.stay_idle_ns = LONG_NS
+    nr_before = staying.file.nr_synced
     other = os.eventfd(1)
     staying.loop.register(other)
     staying.turn(write(2, FUA), write(1, FUA), write(3, FUA))
-    assert staying.file.nr_synced == 2  # the second one had come already
+    # The second one had come already.
+    assert staying.file.nr_synced == nr_before + 2
     assert staying.answers() == [ANSWER] * 2
     os.close(other)
 
