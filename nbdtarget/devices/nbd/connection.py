@@ -205,6 +205,8 @@ class NbdConnection:
             return None
         if isinstance(self._sock, TlsSocket):
             return None  # a thread could not block on it
+        if self.uri.cid is not None:
+            return None  # Python sets no SO_RCVTIMEO on a socket of vsock
         if self._out or self._is_garbled:
             return None
         self._loop.remove_reader(self._fd)

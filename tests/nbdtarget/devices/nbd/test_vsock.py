@@ -4,13 +4,16 @@
 import asyncio
 import errno as errnos
 import socket
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import pytest
 import uvloop
 
 from nbdtarget.devices.nbd import connection as nbd_connection
+from nbdtarget.devices.nbd.connection import NbdConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
+from nbdtarget_protocol.client import ClientNegotiated
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -57,6 +60,24 @@ async def test_address_needs_no_look_up() -> None:
     uri = parse_nbd_uri("nbd+vsock://4000000000:4000000001/d")
     addresses = await nbd_connection._addresses("d", uri)
     assert addresses == [(socket.AF_VSOCK, (4000000000, 4000000001))]
+
+
+async def test_connection_is_not_lent() -> None:
+    """Python takes only numbers as options of vsock, so a thread that blocks could not be given a time."""
+    lent = []
+    for uri in ("nbd+vsock://1/d", "nbd+unix:///d?socket=/s"):
+        ours, servers = socket.socketpair()
+        ours.setblocking(False)
+        # Any: what a handshake has led to, without shaking hands.
+        handshake: Any = SimpleNamespace(
+            negotiated=ClientNegotiated("d", 1 << 20, 1, structured=False),
+            trailing_data=lambda: b"",
+        )
+        with ours, servers:
+            connection = NbdConnection(ours, handshake, parse_nbd_uri(uri))
+            lent.append(connection.maybe_lend() is not None)
+            connection.close()
+    assert lent == [False, True]
 
 
 def test_options_of_tcp_are_not_set_for_vsock() -> None:
