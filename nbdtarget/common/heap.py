@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`HEAP`: pages of the C library's heap that hold nothing go back to the system, without letting anything wait.
+"""`HEAP`: pages of the C library's heap that hold nothing go back to the system, and clients wait no longer than for a short step.
 
-glibc gives back the end of its heap by itself. What is free in the middle stays resident, because a small piece that is still used lies
+glibc gives back the end of its heap by itself. Free pages in the middle stay resident, because a small piece that is still used lies
 behind it: 1,000 clients that had replies of 64 KiB waiting left 30 MiB, and 100 MiB where a READ goes to the disk.
 
-There are two ways, and `SpareMemory` decides when to go them:
+There are two ways, and `SpareMemory` decides when each is used:
 
-    steps   Of the heap that the event loop uses, in steps of a fraction of a millisecond. malloc hands out pieces that are free before it makes the
+    steps   Of the heap that the event loop uses, in short steps. malloc hands out pieces that are free before it makes the
             heap longer. So free pieces are taken from it, the largest first. The whole pages inside of them go back to the kernel. All pieces
             are held until the end, so that none comes twice, and are then freed.
     trim    Of all heaps, also those of other threads, by malloc_trim in a thread. It holds the lock of a heap all the while, and a thread that

@@ -8,11 +8,11 @@ connections have ended, this class looks each LOOK_S seconds:
     buffers    that have not been needed since the last look are dropped
     the heap   is trimmed, if buffers were dropped or a connection has ended
 
-Devices' buffers are dropped, and the heap of the event loop is trimmed, whatever clients do: in steps that are short, with STEP_S between two
-of them, in which the loop serves (`heap.py`). The heaps of other threads can be trimmed only as a whole, and what allocates may wait
-meanwhile. So that is done only if no request came for QUIET_S. If one came, the next look tries again.
+A busy server, too, drops the buffers of devices and trims the heap of the event loop. It does so in short steps, and serves clients for STEP_S
+between two steps (`heap.py`). The heaps of other threads can be trimmed only as a whole, and a thread that allocates may wait
+meanwhile. So the server trims those only if no request came for QUIET_S. If one came, the next look tries again.
 
-What stays is Python's own: its allocator gives 1 MiB back when no object is left in it, and a few of the objects that were made while many
+Memory of Python's own allocator stays. It gives 1 MiB back when no object is left in that MiB, and a few of the objects that were made while many
 clients were there live on, for example in lists of objects for the next use.
 
 A server that serves nothing has no timer.
@@ -40,7 +40,7 @@ class Keeping(Protocol):
     nr_kept_bytes: int
 
     def take_spare(self) -> list[memoryview]:
-        """Keep those no more that nothing has needed since the last call, and return them."""
+        """Return the buffers that nothing has needed since the last call; they are kept no longer."""
         ...
 
 
@@ -134,4 +134,4 @@ class SpareMemory:
 
 
 def _nothing() -> None:
-    """What is kept stays."""
+    """Do nothing: the listener is closed."""

@@ -54,7 +54,7 @@ class AlignedBuffers:
             self._shelves.setdefault(len(buffer), _Shelf()).buffers.append(buffer)
 
     def take_spare(self) -> list[memoryview]:
-        """Keep those no more that nothing has needed since the last call, and return them: their memory is given back with the list."""
+        """Return the buffers that nothing has needed since the last call. They are kept no longer, and their memory goes back with the list."""
         spare: list[memoryview] = []
         for size, shelf in list(self._shelves.items()):
             for _ in range(shelf.low):

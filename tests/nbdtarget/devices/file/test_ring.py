@@ -214,7 +214,7 @@ def test_each_loop_has_a_reader_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
     loops = [asyncio.new_event_loop() for _ in range(3)]
     readers = [loop.run_until_complete(reader()) for loop in loops[:2]]
-    # They keep them, in whatever order the loops run.
+    # Each loop keeps its reader, although another loop has run meanwhile.
     assert [loop.run_until_complete(reader()) for loop in loops[:2]] == readers
     loops[0].close()
     readers.append(loops[2].run_until_complete(reader()))

@@ -219,7 +219,7 @@ async def test_2_2_3_writeback_whole_block_is_promoted_without_a_copy(
 async def test_2_2_3_writeback_part_of_a_discarded_block_is_promoted_zero_filled(
     lab: CacheLab,
 ) -> None:
-    """The kernel leaves around the part whatever bytes the cache device holds."""
+    """The rest of the block becomes zeroes here. The kernel keeps the old bytes of the cache device there."""
     lab.put("c", b"secret!!")
     await lab.create(DIRTY_BUSY)
     await lab.device.discard(A * BLOCK, 2 * BLOCK)
