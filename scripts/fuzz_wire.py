@@ -6,10 +6,10 @@
 `tests/support/wire_fuzz.py` says what each seed becomes, and what must come of it. Seeds count up from SEED, and each of
 them goes through all four fuzzers, or through the one that `--only` names. The first case that fails ends the run: its seed, the
 command that replays it, and what happened. With `--messages` the run goes on until so many messages (options, answers to options, requests and
-replies) were made, however long that takes. `--name-seeds` prints the first seed of each outcome, in the form of
+replies) were made, however long that takes. A line tells each minute how far the run is, and Ctrl-C ends it with what it has counted. `--name-seeds` prints the first seed of each outcome, in the form of
 `tests/support/wire_seeds.py`, which the gate replays.
 
-Exit status: 0 if every case ended as it must, else 1.
+Exit status: 0 if every case ended as it must, else 1; 130 after Ctrl-C.
 """
 
 import argparse
@@ -24,15 +24,32 @@ from tests.support.wire_fuzz import FUZZERS
 
 __all__ = ["main"]
 
+PROGRESS_S = 60.0
+
 
 class Run:
     """Cases, and how they ended."""
 
-    def __init__(self, fuzzers: Sequence[str]) -> None:
+    def __init__(self, fuzzers: Sequence[str], seed: int) -> None:
         self.fuzzers = fuzzers
+        self.seed = seed  # the next one
+        self.begun_s = time.monotonic()
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], int] = {}
         self.nr_messages: Counter[str] = Counter()
+
+    def cases(self, options: argparse.Namespace) -> bool:
+        """Run seed after seed for as long as the options say; tell whether all went well."""
+        told_s = self.begun_s
+        while self.seed - options.seed != options.cases and _goes_on(options, self):
+            if not self.case(self.seed):
+                return False
+            self.seed += 1
+            if time.monotonic() - told_s >= PROGRESS_S:
+                told_s = time.monotonic()
+                nr_messages = sum(self.nr_messages.values())
+                print(f"seed {self.seed}: {nr_messages} messages", file=sys.stderr)
+        return True
 
     def case(self, seed: int) -> bool:
         """Run one seed through all fuzzers; tell whether all went well."""
@@ -66,10 +83,10 @@ class Run:
             print("    },")
 
 
-def _goes_on(options: argparse.Namespace, run: Run, begun_s: float) -> bool:
+def _goes_on(options: argparse.Namespace, run: Run) -> bool:
     if options.messages is not None:
         return sum(run.nr_messages.values()) < int(options.messages)
-    return bool(options.cases) or time.monotonic() - begun_s < options.seconds
+    return bool(options.cases) or time.monotonic() - run.begun_s < options.seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,24 +100,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.cases is not None and options.cases < 1:
         parser.error("--cases must be at least 1")
-    run = Run([options.only] if options.only else list(FUZZERS))
-    begun_s = time.monotonic()
-    seed = options.seed
-    while seed - options.seed != options.cases and _goes_on(options, run, begun_s):
-        if not run.case(seed):
+    run = Run([options.only] if options.only else list(FUZZERS), options.seed)
+    status = 0
+    try:
+        if not run.cases(options):
             return 1
-        seed += 1
+    except KeyboardInterrupt:
+        print(f"interrupted in seed {run.seed}")
+        status = 130
     if options.name_seeds:
         run.print_seeds()
-        return 0
+        return status
     run.print_outcomes()
-    took_s = time.monotonic() - begun_s
+    took_s = time.monotonic() - run.begun_s
     for name, nr in run.nr_messages.items():
         print(f"{nr:9}  messages: {name}")
-    print(
-        f"seeds {options.seed} to {seed - 1}: every case ended as it must ({took_s:.0f} s)"
-    )
-    return 0
+    if run.seed > options.seed:
+        print(
+            f"seeds {options.seed} to {run.seed - 1}: every case ended as it must ({took_s:.0f} s)"
+        )
+    return status
 
 
 if __name__ == "__main__":

@@ -53,3 +53,23 @@ def test_a_run_may_be_as_long_as_so_many_messages(
     printed = capsys.readouterr().out
     assert "56  messages: server" in printed
     assert "seeds 0 to 7: every case ended as it must" in printed
+
+
+def test_progress_is_told_and_ctrl_c_loses_no_counts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = random.Random(13).random()
+
+    def is_stopped(rng: random.Random) -> Ended:
+        if rng.random() == stops:
+            raise KeyboardInterrupt
+        return Ended("well", 7)
+
+    monkeypatch.setitem(wire_fuzz.FUZZERS, "server", is_stopped)
+    monkeypatch.setattr(fuzz_wire, "PROGRESS_S", 0.0)
+    assert fuzz_wire.main(["--only", "server", "--seed", "10"]) == 130
+    printed = capsys.readouterr()
+    assert "seed 12: 14 messages\n" in printed.err
+    assert "interrupted in seed 13\n" in printed.out
+    assert "21  messages: server\n" in printed.out
+    assert "seeds 10 to 12: every case ended as it must" in printed.out
