@@ -61,7 +61,7 @@ $(BIN)/python:
 	@$(BIN)/python -m scripts.link_project
 	@touch $@
 
-.venv/fast.stamp: $(wildcard nbdtarget/fast/*.pyx nbdtarget/fast/*.pxd nbdtarget/fast/*.h) scripts/build_fast.py requirements-fast.lock .venv/run.stamp
+.venv/fast.stamp: $(wildcard nbdtarget/fast/*.pyx nbdtarget/fast/*.pxd nbdtarget/fast/*.h nbdtarget/fast/nbdtarget_fast/*.pxi) scripts/build_fast.py requirements-fast.lock .venv/run.stamp
 	@echo 'building the compiled fast path'
 	@{ $(PIP) -r requirements-fast.lock && $(BIN)/python -m scripts.build_fast; } \
 	    || echo 'nbdtarget works without it, and is slower'

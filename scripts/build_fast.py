@@ -4,7 +4,7 @@
     python -m scripts.build_fast [--to FOLDER]
 
 Cython makes C of the `.pyx` files in `nbdtarget/fast`, and the C compiler that Python was built with (or
-`cc`, or what the environment variable CC names) makes an extension module of each. CFLAGS is passed on,
+`cc`, or what the environment variable CC names) makes an extension module of each. `.pxi` files are parts of a `.pyx` file, which includes them. CFLAGS is passed on,
 for example for AddressSanitizer. Nothing is written into the source tree. Exit status 1, and one line that says
 why, if something is missing; nbdtarget then runs without the fast path.
 """

@@ -67,6 +67,10 @@ def test_sdist_holds_what_packagers_need(sdist: Path) -> None:
         "nbdtarget/fast/nbdtarget_fast.pyx",
         "tests/test_packaging.py",
     } <= names
+    fast = ROOT / "nbdtarget" / "fast"
+    parts = {str(path.relative_to(ROOT)) for path in fast.rglob("*.pxi")}
+    assert parts
+    assert parts <= names
     assert not {name for name in names if name.endswith((".so", ".pyc"))}
 
 

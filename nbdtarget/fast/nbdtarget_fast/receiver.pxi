@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the event loop calls. It is a part of `nbdtarget_fast`."""
+
+
+cdef class Receiver:
+    """What the loop calls when the socket of a connection can be read; see the module head.
+
+    Between the loop and the system calls there is no Python code then, as long as all requests are plain. `Python`
+    means here: all code of the connection outside of this module. After it has run, the Receiver looks whether the
+    connection is plain: whether its next requests may be served here, from the two buffers. As long as none has run
+    since, it need not look. So Python says `python_ran` before the loop may call the Receiver again.
+
+    Args:
+        plane: of the connection.
+        maybe_route: of the device.
+        is_plain: whether the next requests may be served here.
+        received, output: where the four places of the two buffers are; see `nbdtarget.server.fast_turn`.
+        polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
+        may_poll: whether nothing is in flight that polling would hold up.
+        has_no_losses: whether a FLUSH has nothing to tell but its own end.
+        find_loop_fd: returns the `loop_fd` of the plane, while the loop watches its socket. Called once, if at all.
+        poll_ns: after an answer, how long to look at the socket for the next request.
+        poll_streak, poll_skip_max, poll_rest, late: see `nbdtarget.server.poller`.
+        readable: what the loop would call instead; for everything that is not plain.
+        stopped: goes on from what `Plane.turn` returned, if that is not DONE or POLLED.
+        ended: a turn is over, and Python has run before it.
+        failed: takes an exception of the others.
+    """
+
+    cdef Plane plane
+    cdef Route route
+    cdef bint is_sure  # Python has not run since the last turn
+    cdef object maybe_route
+    cdef object is_plain
+    cdef object received
+    cdef object output
+    cdef object polling
+    cdef object may_poll
+    cdef object has_no_losses
+    cdef object find_loop_fd  # None: it was called
+    cdef int64_t poll_ns
+    cdef unsigned poll_streak
+    cdef unsigned poll_skip_max
+    cdef unsigned poll_rest
+    cdef object late
+    cdef unsigned streak  # turns in a row with one request each
+    cdef unsigned skip  # turns that are not polled
+    cdef unsigned penalty  # how many were skipped after the last miss
+    cdef object readable
+    cdef object stopped
+    cdef object ended
+    cdef object failed
+
+    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll, has_no_losses, find_loop_fd=None,
+                 int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest, late,
+                 readable, stopped, ended, failed):
+        self.plane = plane
+        self.maybe_route, self.is_plain = maybe_route, is_plain
+        self.received, self.output = received, output
+        self.polling, self.may_poll, self.has_no_losses = polling, may_poll, has_no_losses
+        self.find_loop_fd = find_loop_fd
+        self.poll_ns, self.poll_streak = poll_ns, poll_streak
+        self.poll_skip_max, self.poll_rest = poll_skip_max, poll_rest
+        self.late, plane.late_ns = late, late.late_ns
+        self.readable, self.stopped, self.ended, self.failed = readable, stopped, ended, failed
+
+    def python_ran(self):
+        """Look anew before the next turn: something of the connection may have changed."""
+        self.is_sure = False
+
+    def close(self):
+        """The connection is closed: let go of all that refers to it."""
+        if self.plane is not None and self.polling.last is self:
+            self.polling.last = None
+        self.is_sure = False
+        self.plane = None
+        self.route = None
+        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = self.has_no_losses = self.find_loop_fd = None
+        self.readable = self.stopped = self.ended = self.failed = None
+
+    def __call__(self):
+        try:
+            if self.is_sure and self.route.way.is_open:
+                self._turn()
+            elif self.plane is not None:
+                self._look()
+        except Exception as error:
+            self.is_sure = False
+            if self.failed is None:
+                raise
+            self.failed(error)
+
+    cdef int _look(self) except -1:
+        """Python has run: look what there is to do, and do it."""
+        self.is_sure = False
+        self.route = self.maybe_route()
+        if self.route is None or not self.is_plain():
+            self.readable()
+            return 0
+        self.plane.begin, self.plane.end = self.received.begin, self.received.end
+        self.plane.base, self.plane.out = self.output.base, self.output.end
+        self.is_sure = True
+        if self._turn() and self.ended is not None:
+            self.ended()
+        return 0
+
+    cdef int _verify(self) except -1:
+        """For tests: what is thought to be sure is so."""
+        cdef Plane plane = self.plane
+        if not self.is_plain() or self.route is not self.maybe_route():
+            raise AssertionError("Python has run, and has not said so")
+        if (plane.begin, plane.end) != (self.received.begin, self.received.end):
+            raise AssertionError("the places of the receive buffer have changed")
+        if (plane.base, plane.out) != (self.output.base, self.output.end):
+            raise AssertionError("the places of the arena have changed")
+        return 0
+
+    cdef bint _polls(self) except -1:
+        """Whether to look at the socket for the next request after an answer."""
+        if self.polling.last is not self:
+            self.polling.last = self
+            self.streak = 0
+        elif self.streak < self.poll_streak:
+            self.streak += 1
+        if self.skip:
+            self.skip -= 1
+            return False
+        return self.streak >= self.poll_streak and self.poll_ns > 0 and self.may_poll()
+
+    cdef int _lone_sync(self) except -1:
+        """What may be synced for in this turn without Python, as far as this connection knows."""
+        self.plane.sync_credit -= 1
+        if self.streak < self.poll_streak or not self.may_poll():
+            return LONE_NOTHING
+        if self.find_loop_fd is not None:
+            self.plane.loop_fd = self.find_loop_fd()
+            self.find_loop_fd = None
+        return LONE_ALL if self.has_no_losses() else LONE_FUA
+
+    cdef bint _turn(self) except -1:
+        """Returns whether everything is served."""
+        cdef Plane plane = self.plane
+        cdef Py_ssize_t begin, end, base, out
+        cdef int64_t poll_ns
+        cdef int stop
+        poll_ns = self.poll_ns if self._polls() else 0
+        plane.waits = self.streak >= self.poll_streak and self.poll_ns > 0
+        if plane.poison:
+            self._verify()
+        begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
+        stop = plane._go(self.route, poll_ns, False, self._lone_sync() if plane.sync_credit else LONE_NOTHING)
+        if self.plane is None:
+            return False  # a callback has closed the connection
+        # What has not changed need not be said.
+        if plane.begin != begin or plane.end != end:
+            self.received.served(plane.begin, plane.end)
+        if plane.base != base or plane.out != out:
+            self.output.sent_to(plane.base, plane.out)
+        if plane.nr_syncs:
+            plane.flush_for(*plane.take_syncs())
+            if self.plane is None:
+                return False
+        if plane.nr_hits or plane.nr_sync_hits:
+            # A client that waits for the disk each time leaves the processor alone for most of the time.
+            self.penalty = 0
+            self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
+        if plane.was_late:
+            self.skip += <unsigned>self.late.note_late()
+        elif plane.nr_hits or plane.nr_sync_hits:
+            self.late.note_hits(plane.nr_hits + plane.nr_sync_hits)
+        if plane.was_batch:
+            self.streak = 0
+        if stop == STOP_DONE:
+            return True
+        if stop == STOP_POLLED:
+            self.penalty = min(2 * self.penalty + 1, self.poll_skip_max)
+            self.skip += self.penalty
+            return True
+        self.is_sure = False
+        self.stopped(stop)
+        return False
