@@ -5,6 +5,7 @@
 - `Turns`: work that takes long is done in slices, one slice in each turn of the loop.
 - `Pump`: work that its own consequences ask for again; a loop does it, and not a recursion.
 - `Tasks`: tasks that run on the side; their exceptions are reported, and their owner can wait for their end.
+- `log_failure`: the exception of a task that its owner does not look at soon is logged at once.
 - `to_the_end`: a step that must not be left half done, also if its caller is cancelled.
 
 All of them belong to the loop that is running when they are used, and none is safe for threads. They may be made before
@@ -12,11 +13,14 @@ a loop runs.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["Pump", "Soon", "Tasks", "Turns", "to_the_end"]
+__all__ = ["Pump", "Soon", "Tasks", "Turns", "log_failure", "to_the_end"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -194,6 +198,22 @@ class Tasks:
         asyncio.get_running_loop().call_exception_handler(
             {"message": "a task failed", "exception": error, "task": task}
         )
+
+
+def log_failure(task: "asyncio.Task[Any]", what: str) -> None:
+    """Log it as soon as `task` ends with an exception.
+
+    Without this, the loop logs it when nothing refers to the task any more. That is at the end of the process, if an owner keeps the
+    task and does not await it.
+
+    Args: what: the task does, for the log.
+    """
+
+    def ended(task: "asyncio.Task[Any]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: failed: %r", what, error, exc_info=error)
+
+    task.add_done_callback(ended)
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,8 @@
 Theory of operation. `start` takes the socket at once, so that two servers never both have
 it, and clients may connect from then on. The HTTP library takes longer to import than everything else in
 a server, and most clones never see a control client. So the first client that connects causes the import,
-in a thread, so that the clients of the disks do not wait for it.
+in a thread, so that the clients of the disks do not wait for it. If that fails (another version may have been installed meanwhile), the
+clients that wait are disconnected, and a client that comes RETRY_S later causes it again.
 
 Access. Every process that may open a unix socket may use it. Its mode is 0600 from the moment it exists, or as
 configured (`nbdtarget.common.unix_socket`). On TCP a client needs a token, and one of two kinds may only look (`tokens.py`); without a
@@ -12,12 +13,14 @@ token there is no control on TCP.
 """
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdtarget.common.clock import LoopClock, Timer
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, UnixSocket
@@ -47,6 +50,7 @@ log = logging.getLogger(__name__)
 
 HTTP_MODULE: Final = "nbdtarget.control.http"
 CLOSING_TURNS: Final = 5
+RETRY_S: Final = 1.0
 
 
 class ControlServer:
@@ -75,6 +79,7 @@ class ControlServer:
         self._tokens = tokens
         self._listener: socket.socket | None = None
         self._answering: asyncio.Task[HttpServer] | None = None
+        self._retry: Timer | None = None
         self._access = access
         self._taken: UnixSocket | None = None
 
@@ -144,18 +149,20 @@ class ControlServer:
 
     async def pause(self) -> None:
         """Accept no more connections; those that are there are answered."""
-        if self._answering is not None:
-            (await self._answering).pause()
+        server = await self._maybe_server()
+        if server is not None:
+            server.pause()
         elif self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
+            self._await_no_client(self._listener)
 
     async def resume(self) -> None:
         """Undo `pause`."""
         assert self._listener is not None
-        if self._answering is None:
+        server = await self._maybe_server()
+        if server is None:
             self._await_first_client()
         else:
-            await (await self._answering).start(self._listener)
+            await server.start(self._listener)
 
     def moved(self) -> tuple[str | None, list[int]]:
         """After `pause`: the path, if it is ours, and the descriptors of the socket and of the path's lock."""
@@ -176,6 +183,31 @@ class ControlServer:
         assert self._listener is not None
         asyncio.get_running_loop().remove_reader(self._listener)
         self._answering = asyncio.create_task(self._answer(self._listener))
+        self._answering.add_done_callback(self._answered)
+
+    def _answered(self, answering: "asyncio.Task[HttpServer]") -> None:
+        if answering.cancelled() or (error := answering.exception()) is None:
+            return
+        log.error(
+            "%s: clients cannot be answered: %r", self.address, error, exc_info=error
+        )
+        self._answering = None
+        if self._listener is not None:
+            _disconnect_all(self._listener)
+            self._retry = LoopClock().call_later(RETRY_S, self._await_first_client)
+
+    def _await_no_client(self, listener: socket.socket) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        asyncio.get_running_loop().remove_reader(listener)
+
+    async def _maybe_server(self) -> "HttpServer | None":
+        """Return what answers; None: no client has come, or it could not be made."""
+        answering = self._answering
+        if answering is None:
+            return None
+        await asyncio.wait([answering])
+        return None if answering.exception() is not None else answering.result()
 
     async def _answer(self, listener: socket.socket) -> "HttpServer":
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
@@ -197,13 +229,21 @@ class ControlServer:
         if self._taken is not None:
             self._taken.release()
             forget_directory(Path(self._taken.path).parent)
-        if self._answering is None:
-            asyncio.get_running_loop().remove_reader(listener)
+        server = await self._maybe_server()
+        if server is None:
+            self._await_no_client(listener)
         else:
-            server = await self._answering
             # A client that has connected a moment ago is accepted in the next turns of the loop. Its connection
             # would be forgotten, and stay open, if answering ended before that.
             for _ in range(CLOSING_TURNS):
                 await asyncio.sleep(0)
             await server.end()
         listener.close()
+
+
+def _disconnect_all(listener: socket.socket) -> None:
+    """Disconnect the clients that wait to be accepted."""
+    # It does not block; an error means here that no more can be accepted.
+    with contextlib.suppress(OSError):
+        while True:
+            listener.accept()[0].close()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdtarget.common.errors import TableError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.turns import Tasks
 from nbdtarget.control import messages as m
 
@@ -59,7 +59,11 @@ class Uncaching:
         except UncacheError as error:
             cause = error.__cause__
             errno = cause.errno if isinstance(cause, TableError) else errnos.EINVAL
+            log.warning("/dev/mapper/%s: uncache: %s", name, error.reason)
             raise TableError(str(error), errno) from error
+        except NbdTargetError as error:
+            log.warning("/dev/mapper/%s: uncache: %s", name, error)
+            raise
         finally:
             del self._jobs[name]
         return m.UncacheAnswer(is_done, reporter.said)

@@ -52,6 +52,7 @@ from msgspec.structs import replace
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.heap import LEFT_ALONE, Heap
+from nbdtarget.common.turns import log_failure
 from nbdtarget.common.unix_socket import (
     SocketOptions,
     remove_if_stale,
@@ -516,6 +517,7 @@ class Daemon:
                 await sleep(EXTEND_PERIOD_S)
 
         task = asyncio.create_task(extend())
+        log_failure(task, "asking the service manager for more time")
         try:
             yield
         finally:
@@ -546,6 +548,7 @@ class Daemon:
         self.notifier.stopping()
         ending = asyncio.create_task(self._end_in_order())
         give_up = asyncio.create_task(self._give_up_reads())
+        log_failure(give_up, "giving up reads that hang")
         async with self._patient():
             done = await wait_within([ending], self._bounds.devices_s)
             give_up.cancel()

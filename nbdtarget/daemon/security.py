@@ -131,8 +131,12 @@ class Security:
         """Warn once a day of certificates that end. Runs until it is cancelled."""
         while True:
             await sleep(EXPIRY_PERIOD_S)
-            for tls in (self.tls, *self._of_listeners.values()):
-                tls.warn_of_expiry()
+            try:
+                for tls in (self.tls, *self._of_listeners.values()):
+                    tls.warn_of_expiry()
+            except Exception:
+                # A bug of ours. Tomorrow it is tried again.
+                log.exception("it was not looked whether certificates expire soon")
 
     def start_watching(self) -> "asyncio.Task[None] | None":
         """Begin `watch_expiry`, if there is a certificate."""

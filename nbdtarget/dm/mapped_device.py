@@ -53,7 +53,7 @@ from functools import partial
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, timeout, wait_within
 from nbdtarget.common.errors import TableError
-from nbdtarget.common.turns import to_the_end
+from nbdtarget.common.turns import log_failure, to_the_end
 from nbdtarget.devices.base import (
     Device,
     QueueLimits,
@@ -266,6 +266,7 @@ class MappedDevice(AnswersQuestions):
             return
         # A task of its own: it goes on if the time is over, or the caller is cancelled.
         self._last_commit = asyncio.create_task(self._commit_last(table))
+        log_failure(self._last_commit, f"{self.name}: the last commit of a suspend")
         if within_s is not None:
             spent_s = (self._clock.now_ns() - begun_ns) / 1e9
             within_s = max(0.0, within_s - spent_s)

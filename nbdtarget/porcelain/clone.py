@@ -328,6 +328,10 @@ class CloneJob(job.Job[ClonePlan]):
         if self._recorder is not None:
             await self._recorder.save()
 
+    def _unwatched(self) -> None:
+        if self._options.exit_when_hydrated:
+            self._daemon.stop.set()
+
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
         """Report progress. End the job when all is hydrated, if that is wanted, or when it is stuck."""
         options = self._options

@@ -163,7 +163,17 @@ class Job(Generic[P]):
 
     async def _watch_to_the_end(self, device: MappedDevice, plan: P) -> None:
         """Watch; when a command has removed the device, end the job, unless other devices were made in its server."""
-        await self._watch(device, plan)
+        try:
+            await self._watch(device, plan)
+        except Exception:
+            # A bug of ours. Clients need not lose their disk because of it.
+            self._has_failed = True
+            log.exception(
+                "%s: the command cannot watch its disk any more: it reports nothing more, and its exit status"
+                " will be 1",
+                device.dm_name,
+            )
+            self._unwatched()
         event_nr = device.event_nr
         while not device.events.is_closed:
             event_nr = await device.events.wait(event_nr)
@@ -174,6 +184,9 @@ class Job(Generic[P]):
                 "%s was removed, and no device is left to serve", device.dm_name
             )
             self._daemon.stop.set()
+
+    def _unwatched(self) -> None:
+        """`_watch` has failed in a way that is not expected, and what it would have done later is not done."""
 
     async def _ending(self, device: MappedDevice, plan: P) -> None:
         """Called after the stop signal while the device is still up; `_watch` has been cancelled."""
@@ -210,8 +223,8 @@ class Job(Generic[P]):
                     await self._daemon.close()
         finally:
             self._daemon.release_signals()
-        if not watcher.cancelled() and watcher.exception() is not None:
-            raise AssertionError("watching has failed") from watcher.exception()
+        if not watcher.cancelled():
+            watcher.result()
         if _has_lost_any(device, table):
             self._has_failed = True
         if must_leave_at_once():

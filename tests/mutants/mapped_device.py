@@ -423,6 +423,18 @@ MAPPED_DEVICE: Final = (
         ("tests/nbdtarget/targets/log_writes/test_target.py",),
     ),
     Mutant(
+        "log-with-a-gap",
+        "A log goes on after entries that it could not write: what is replayed of it never was on the disk.",
+        "nbdtarget.targets.log_writes.log:Log._write_queue",
+        (
+            (
+                '            self.disable(f"Error writing log: {error!r}")\n',
+                "",
+            ),
+        ),
+        ("tests/nbdtarget/targets/log_writes/test_target.py",),
+    ),
+    Mutant(
         "flush-of-a-suspend-stays-in-the-log",
         "A suspend over log-writes ends its flush without the disk below.",
         "nbdtarget.targets.log_writes.target:LogWritesTarget.map",

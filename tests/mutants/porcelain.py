@@ -35,6 +35,14 @@ PORCELAIN: Final = (
         JOB_TESTS,
     ),
     _mutant(
+        "job-whose-watching-has-failed-ends-well",
+        "The command has not seen whether the clone could record what it copied, and the exit status is 0.",
+        "nbdtarget.porcelain.job:Job._watch_to_the_end",
+        "            self._has_failed = True\n",
+        "",
+        JOB_TESTS,
+    ),
+    _mutant(
         "job-ends-under-other-devices",
         "A command removes the job's device, and clients of other devices of its server lose theirs.",
         "nbdtarget.porcelain.job:Job._watch_to_the_end",

@@ -74,11 +74,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.clock import sleep, timeout
 from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices.base import (
-    EXTENT_DATA,
-    Device,
-    Extent,
-)
+from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.block_status import BlockStatus, Runs
@@ -641,7 +637,7 @@ class NbdDevice(Device):
             self._held.expire()
             try:
                 await self._connect_once()
-            except ResolveError as error:
+            except Exception as error:
                 self._note_refusal(error)
                 delay_s = min(2 * delay_s, RECONNECT_S_MAX)
 
@@ -652,7 +648,7 @@ class NbdDevice(Device):
         try:
             before, after = self._connections[0].negotiated, connections[0].negotiated
             check_same(self.name, self.size, before, after)
-        except ResolveError:
+        except Exception:
             for connection in connections:
                 connection.close()
             raise
@@ -667,12 +663,14 @@ class NbdDevice(Device):
         self._held.is_on = self.holds_reads
         self._held.resume(self.submit)
 
-    def _note_refusal(self, error: ResolveError) -> None:
+    def _note_refusal(self, error: Exception) -> None:
         """Say why the server is not taken: once, as long as it stays the same."""
-        if error.reason != self._refusal:
-            self._refusal = error.reason
-            self.health.last_error = error.reason
-            log.warning("%s; trying again and again", error)
+        bug = None if isinstance(error, ResolveError) else error
+        reason = error.reason if isinstance(error, ResolveError) else repr(error)
+        if reason != self._refusal:
+            self._refusal = self.health.last_error = reason
+            what = f"{self.name}: {reason}"
+            log.warning("%s; trying again and again", what, exc_info=bug)
 
     def _start_connections(self) -> None:
         for connection in self._connections:

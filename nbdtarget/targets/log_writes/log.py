@@ -214,6 +214,10 @@ class Log:
                 await self._write_batch()
         except DeviceError as error:
             self.disable(f"Error writing log: {error}")
+        except Exception as error:
+            # A bug of ours. The log must end here: it would have a gap.
+            log.exception("%s: %s", self._name, self.device.name)
+            self.disable(f"Error writing log: {error!r}")
         finally:
             self._task = None
 
@@ -243,7 +247,7 @@ class Log:
                 block.entry.flags & (FUA | FLUSH | MARK) for block in batch
             ):
                 await self._write_super()
-        except DeviceError:
+        except BaseException:
             self.drop(batch)
             raise
         for block in batch:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbdtarget.common.turns import Pump, Soon, Tasks, Turns
+from nbdtarget.common.turns import Pump, Soon, Tasks, Turns, log_failure
 from tests.support.patience import PATIENCE_S
 
 
@@ -289,3 +289,23 @@ async def test_cancel_and_wait_of_no_tasks_return_at_once() -> None:
     await tasks.wait()
     await tasks.cancel()
     assert len(tasks) == 0
+
+
+async def test_failure_of_a_task_that_is_kept_is_logged_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    async def end() -> None:
+        pass
+
+    tasks = [asyncio.create_task(work) for work in (fail(), end(), asyncio.sleep(180))]
+    for task in tasks:
+        log_failure(task, "a look")
+    tasks[-1].cancel()
+    await asyncio.wait(tasks)
+    await asyncio.sleep(0)
+    (record,) = caplog.records
+    assert record.getMessage() == "a look: failed: RuntimeError('a bug')"
+    assert record.exc_info

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.control import api
 from nbdtarget.control import messages as m
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.client import ControlClient, NoServerError
@@ -280,3 +281,40 @@ async def test_a_passed_tcp_socket_needs_a_token(tmp_path: Path) -> None:
             NbdTargetError, match="a control socket on TCP needs a token"
         ):
             server.control.start_passed(os.dup(listening.fileno()))
+
+
+async def test_socket_that_cannot_answer_says_so_and_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = api.HTTP_MODULE
+    monkeypatch.setattr(api, "HTTP_MODULE", "nbdtarget.no_such_module")
+    monkeypatch.setattr(api, "RETRY_S", 0.001)
+    server = Server(tmp_path / "control.sock")
+    await server.control.start()
+    for _ in range(2):
+        with pytest.raises(NbdTargetError):
+            await server.ask("version", m.Version(), m.VersionAnswer)
+    assert "control.sock: clients cannot be answered" in caplog.text
+    assert "No module named" in caplog.text
+    monkeypatch.setattr(api, "HTTP_MODULE", module)
+    await server.ask("version", m.Version(), m.VersionAnswer)
+    await server.control.close()
+    await server.registry.close()
+
+
+@pytest.mark.parametrize("retry_s", [0.001, 180.0])
+async def test_socket_that_cannot_answer_can_be_paused_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_s: float
+) -> None:
+    monkeypatch.setattr(api, "HTTP_MODULE", "nbdtarget.no_such_module")
+    monkeypatch.setattr(api, "RETRY_S", retry_s)
+    server = Server(tmp_path / "control.sock")
+    await server.control.start()
+    with pytest.raises(NbdTargetError):
+        await server.ask("version", m.Version(), m.VersionAnswer)
+    await server.control.pause()
+    await server.control.resume()
+    with pytest.raises(NbdTargetError):
+        await server.ask("version", m.Version(), m.VersionAnswer)
+    await server.control.close()
+    await server.registry.close()

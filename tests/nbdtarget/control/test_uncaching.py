@@ -130,7 +130,11 @@ async def test_it_goes_on_when_the_one_who_has_asked_goes_away(server: Server) -
     ids=["linear", "no table", "no device"],
 )
 async def test_it_refuses_what_the_command_refuses(
-    server: Server, table: str | None, errno: int, reason: str
+    server: Server,
+    table: str | None,
+    errno: int,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if table != "":
         directory = str(server.directory)
@@ -139,6 +143,8 @@ async def test_it_refuses_what_the_command_refuses(
         await server.ask()
     assert caught.value.errno == errno
     assert str(caught.value).startswith("uncache disk: ")
+    refusal = str(caught.value).removeprefix("uncache disk: ")
+    assert f"/dev/mapper/disk: uncache: {refusal}" in caplog.text
 
 
 async def test_nothing_to_stop(server: Server) -> None:
@@ -148,10 +154,14 @@ async def test_nothing_to_stop(server: Server) -> None:
     assert caught.value.errno == errnos.ENOENT
 
 
-async def test_a_server_that_ends_meanwhile_loses_nothing(server: Server) -> None:
+async def test_a_server_that_ends_meanwhile_loses_nothing(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     await server.create(nr_dirty=3)
     asking = await server.under_way()
     server.opener.faults["origin"].clear()
     await server.registry.close()
     with pytest.raises(TableError, match="Device does not exist"):
         await asking
+    # The client that has asked may have gone.
+    assert "/dev/mapper/disk: uncache: Device does not exist" in caplog.messages

@@ -173,3 +173,26 @@ async def test_daemon_follows_the_rules_of_its_file(
     daemon.follow_rules(parse('access = ["none any"]', "/x.toml", {}))
     assert daemon.security.rules.access("a", STRANGER) is Access.NONE
     await daemon.close(has_served=False)
+
+
+@needs_openssl
+async def test_look_at_the_expiry_that_fails_is_logged_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def next_turn(_: float) -> None:
+        await asyncio.sleep(0)
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(module, "sleep", next_turn)
+    options = SecurityOptions(TlsOptions("on", str(authority()[1])))
+    security = Security(options)
+    monkeypatch.setattr(security.tls, "warn_of_expiry", fail)
+    task = security.start_watching()
+    assert task is not None
+    for _ in range(6):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert caplog.text.count("it was not looked whether certificates expire") > 1
+    assert "a bug" in caplog.text

@@ -12,8 +12,9 @@ import pytest
 from nbdtarget.common.heap import HEAP
 from nbdtarget.porcelain.cache import CacheJob, CacheOptions
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions
+from nbdtarget.porcelain.export import ExportJob, ExportOptions
 from nbdtarget.porcelain.job import Job
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, until
 
 MIB = 1 << 20
 CONTENT = os.urandom(MIB)
@@ -45,8 +46,15 @@ def recorder(
     return Recorder()
 
 
-def clone_job(recorder: Any) -> Job[Any]:
-    return CloneJob(CloneOptions(source="disk", dest="served"), recorder)
+def clone_job(recorder: Any, *, exit_when_hydrated: bool = False) -> Job[Any]:
+    options = CloneOptions(
+        source="disk", dest="served", exit_when_hydrated=exit_when_hydrated
+    )
+    return CloneJob(options, recorder)
+
+
+def export_job(recorder: Any) -> Job[Any]:
+    return ExportJob(ExportOptions(disk="disk", name="served"), recorder)
 
 
 def cache_job(recorder: Any) -> Job[Any]:
@@ -81,4 +89,55 @@ async def test_commit_that_failed_at_the_removal_is_in_the_exit_status(
         device = job._daemon.registry.get("served")
         await job._daemon.registry.remove("served")
         monkeypatch.setattr(device, "is_uncommitted", True)
+        assert await running == 1
+
+
+async def fail(*_: object) -> None:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("make", [clone_job, cache_job, export_job])
+async def test_watching_that_fails_is_logged_at_once_and_is_in_the_exit_status(
+    recorder: Recorder,
+    make: Callable[[Recorder], Job[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = make(recorder)
+    monkeypatch.setattr(job, "_watch", fail)
+    running = asyncio.create_task(job.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await recorder.is_serving.wait()
+        await until(lambda: "a bug" in caplog.text)
+    assert "served: the command cannot watch its disk any more" in caplog.text
+    assert "Traceback" in caplog.text
+    assert await job._daemon.registry.get("served").read(0, 512) == CONTENT[:512]
+    job._daemon.stop.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await running == 1
+    # The end is the usual one: a cache tells what is dirty.
+    assert ("stopped" in recorder.calls) == (make is cache_job)
+
+
+async def test_clone_that_cannot_see_its_end_any_more_does_not_wait_for_it(
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = clone_job(recorder, exit_when_hydrated=True)
+    monkeypatch.setattr(job, "_watch", fail)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await job.run() == 1
+    assert "a bug" in caplog.text
+
+
+async def test_job_whose_watching_has_failed_ends_with_its_disk(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = cache_job(recorder)
+    monkeypatch.setattr(job, "_watch", fail)
+    running = asyncio.create_task(job.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await recorder.is_serving.wait()
+        await job._daemon.registry.remove("served")
         assert await running == 1

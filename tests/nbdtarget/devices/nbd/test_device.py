@@ -425,6 +425,26 @@ async def test_read_only_device_asks_until_the_server_is_back(
         await device.close()
 
 
+async def test_attempt_to_connect_that_meets_a_bug_is_logged_and_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MAX", 0.002)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with StrictServer(tmp_path) as server:
+        device = await lost_device(server, read_only=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(nbd_module, "check_same", fail)
+            await until(lambda: "a bug" in device.health.last_error)
+        assert f"{device.name}: RuntimeError('a bug'); trying again" in caplog.text
+        assert "Traceback" in caplog.text
+        assert await read_again(device) == bytes(4)
+        await device.close()
+
+
 async def test_close_ends_the_attempts_to_connect_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

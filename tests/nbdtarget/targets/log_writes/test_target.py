@@ -408,3 +408,23 @@ async def test_waiting_writes_go_on_when_logging_ends(
     await settle()
     assert [bio.status for bio in bios] == [0] * 20
     assert (await logged.status()).endswith("logging_disabled")
+
+
+async def test_log_whose_writer_meets_a_bug_ends_and_has_no_gap(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged = await Logged().start()
+    logged.write(1, b"a", flags=FUA)
+    assert await logged.entries() == ["fua 1+1 a"]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(log_module, "pack_entry", fail)
+        logged.write(2, b"b", flags=FUA)
+        await settle()
+    assert "/log: Error writing log: RuntimeError('a bug'): logging" in caplog.text
+    assert logged.write(3, b"c", flags=FUA).status == 0
+    assert await logged.entries() == ["fua 1+1 a"]
+    await logged.disks.registry.close()
