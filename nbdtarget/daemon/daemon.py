@@ -527,6 +527,12 @@ class Daemon:
         """Return when a signal has come after `catch_signals`, or `stop` is set."""
         await self.stop.wait()
 
+    async def stop_when_empty(self) -> None:
+        """Set `stop` when commands have removed the last device."""
+        await self.registry.until_empty()
+        log.warning("the last device was removed, and none is left to serve")
+        self.stop.set()
+
     async def close(self, *, has_served: bool = True) -> None:
         """End in the order, and within the bounds, of the module head.
 

@@ -82,6 +82,15 @@ class Registry:
             raise TableError("Device does not exist", errnos.ENXIO)
         return device
 
+    async def until_empty(self) -> None:
+        """Return when no device is left, nor one whose removal is under way and may fail."""
+        while left := [
+            device
+            for device in (*self.devices(), *self._removing)
+            if not device.events.is_closed
+        ]:
+            await left[0].events.wait()
+
     def maybe_device(self, name: str) -> MappedDevice | None:
         """Return the device called `name`, with or without a table."""
         return self._devices.get(name)

@@ -162,7 +162,7 @@ class Job(Generic[P]):
         raise NotImplementedError
 
     async def _watch_to_the_end(self, device: MappedDevice, plan: P) -> None:
-        """Watch; when a command has removed the device, end the job, unless other devices were made in its server."""
+        """Watch; when a command has removed the device, end the job, with the last of other devices that were made in its server."""
         try:
             await self._watch(device, plan)
         except Exception:
@@ -178,7 +178,11 @@ class Job(Generic[P]):
         while not device.events.is_closed:
             event_nr = await device.events.wait(event_nr)
         if self._daemon.registry.devices():
-            log.warning("%s was removed; other devices are served on", device.dm_name)
+            log.warning(
+                "%s was removed; other devices are served on, until the last one is removed",
+                device.dm_name,
+            )
+            await self._daemon.stop_when_empty()
         else:
             log.warning(
                 "%s was removed, and no device is left to serve", device.dm_name

@@ -5,9 +5,10 @@ Each copy is a `scratch` target on the image, which is only read, with a store o
 memory. The files are made in a directory and removed from it as soon as they are open, so that nothing of them is left
 however this process ends. The size of a copy's store is bounded by `size_max`.
 
-Nothing is durable here, so there is nothing to be continued by a second start.
+Nothing is durable here, so there is nothing to be continued by a second start. When commands have removed all copies, the process ends.
 """
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -20,6 +21,7 @@ import msgspec
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.heap import HEAP
 from nbdtarget.common.permissions import permissions
+from nbdtarget.common.turns import log_failure
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words
@@ -170,7 +172,10 @@ class ScratchJob:
         )
 
     async def run(self) -> int:
-        """Serve until a signal comes, and return the exit status. Raises: NbdTargetError: nothing has changed."""
+        """Serve until a signal comes or commands have removed all copies, and return the exit status.
+
+        Raises: NbdTargetError: nothing has changed.
+        """
         daemon = self._daemon
         daemon.catch_signals()
         try:
@@ -180,11 +185,19 @@ class ScratchJob:
                 with contextlib.suppress(BrokenPipeError):
                     self._serving(plan, daemon.uris)
                 daemon.tell_ready()
-                await daemon.wait_for_stop()
+                await self._serve()
         finally:
             daemon.release_signals()
             await daemon.close()
         return daemon.exit_status(0)
+
+    async def _serve(self) -> None:
+        watcher = asyncio.create_task(self._daemon.stop_when_empty())
+        log_failure(watcher, "waiting for the end of the last copy")
+        try:
+            await self._daemon.wait_for_stop()
+        finally:
+            watcher.cancel()
 
     async def _begin(self) -> ScratchPlan:
         options, daemon = self._options, self._daemon

@@ -51,6 +51,14 @@ PORCELAIN: Final = (
         CHANGED_TESTS,
     ),
     _mutant(
+        "job-ends-although-a-removal-may-fail",
+        "The last device is being removed, that fails, and its clients lose it all the same.",
+        "nbdtarget.dm.registry:Registry.until_empty",
+        "(*self.devices(), *self._removing)",
+        "self.devices()",
+        ("tests/nbdtarget/dm/test_hanging.py",),
+    ),
+    _mutant(
         "uncache-leaves-its-mappings",
         "A user who gives the old cache line again reads blocks that are out of date.",
         "nbdtarget.control.uncache:UncacheJob._empty",

@@ -144,6 +144,27 @@ async def test_a_device_that_cannot_be_removed_is_there_as_before(world: World) 
     assert world.registry.maybe_device("a") is None
 
 
+async def test_a_registry_whose_last_device_cannot_be_removed_is_not_empty(
+    world: World,
+) -> None:
+    a = await world.linear("a")
+    world["/a"].hold = True
+    hanging = read(a)
+    removing = asyncio.create_task(world.registry.remove("a", within_s=SHORT_S))
+    while world.registry.devices():
+        await sleep(0)
+    empty = asyncio.create_task(world.registry.until_empty())
+    with pytest.raises(TableError, match="no answer from /a"):
+        await removing
+    await sleep(0)
+    assert not empty.done()
+    world["/a"].let_go()
+    await hanging
+    await world.registry.remove("a", within_s=PATIENCE_S)
+    async with timeout(PATIENCE_S):
+        await empty
+
+
 async def test_a_table_over_a_device_that_hangs_is_not_swapped(world: World) -> None:
     a = await world.linear("a")
     live = a.active

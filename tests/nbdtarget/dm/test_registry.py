@@ -556,3 +556,17 @@ async def test_a_forced_removal_does_not_wait_for_what_is_suspended_below() -> N
     await asyncio.wait_for(registry.remove("top", force=True), PATIENCE_S)
     assert [device.dm_name for device in registry.devices()] == ["low"]
     await registry.close()
+
+
+async def test_registry_is_empty_when_the_last_device_is_removed() -> None:
+    registry, _ = make_registry()
+    await registry.until_empty()
+    for name in "ab":
+        await registry.create(name, "0 8 zero")
+    empty = asyncio.create_task(registry.until_empty())
+    await registry.remove("b")
+    registry.rename("a", "c")
+    await settle()
+    assert not empty.done()
+    await registry.remove("c")
+    await asyncio.wait_for(empty, PATIENCE_S)

@@ -18,13 +18,15 @@ JOBS = {
     "cache": ["cache", "source.img", "disk.img"],
     "export": ["export", "disk.img"],
 }
+SCRATCH = ["scratch", "disk.img", "-n", "2"]
 
 
 class Served:
     """A job, and its control socket."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        words = [str(folder / w) if w.endswith(".img") else w for w in JOBS[kind]]
+        given = JOBS.get(kind, SCRATCH)
+        words = [str(folder / w) if w.endswith(".img") else w for w in given]
         self.log, control = folder / "log", folder / "control.sock"
         nbd = folder / "nbd.sock"
         options = ["--name", "d", "--control", str(control), "--listen", f"unix:{nbd}"]
@@ -70,11 +72,24 @@ def test_other_disks_are_served_on(served: Served) -> None:
     served.create("other", "0 8 zero")
     served.remove("d")
     assert served.names() == ["other"]
-    assert "d was removed; other devices are served on" in served.log.read_text()
+    said = "d was removed; other devices are served on, until the last one is removed"
+    wait_until(lambda: said in served.log.read_text())
     with pytest.raises(NbdTargetError, match="d was removed, and it is what this"):
         served.upgrade()
     assert served.names() == ["other"]
     assert served.process.terminate() == 0
+
+
+def test_the_command_ends_with_the_last_of_other_disks(served: Served) -> None:
+    served.create("other", "0 8 zero")
+    served.create("another", "0 8 zero")
+    served.remove("d")
+    served.rename("other", "third")
+    served.remove("another")
+    assert served.names() == ["third"]
+    served.remove("third")
+    assert served.process.wait(PATIENCE_S) == 0
+    assert "the last device was removed, and none is left" in served.log.read_text()
 
 
 def test_a_renamed_disk_is_handed_over(served: Served) -> None:
@@ -85,3 +100,16 @@ def test_a_renamed_disk_is_handed_over(served: Served) -> None:
     served.remove("e")
     wait_until(lambda: "e was removed" in served.log.read_text())
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_scratch_ends_with_the_last_of_its_copies(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    served = Served(tmp_path, "scratch")
+    try:
+        served.remove("d-1")
+        assert served.names() == ["d-2"]
+        served.remove("d-2")
+        assert served.process.wait(PATIENCE_S) == 0
+        assert "the last device was removed, and none is left" in served.log.read_text()
+    finally:
+        served.process.kill()
