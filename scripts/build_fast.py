@@ -25,6 +25,9 @@ __all__ = ["BuildError", "build", "main"]
 FOLDER: Final = Path(__file__).resolve().parent.parent / "nbdtarget/fast"
 SOURCES: Final = sorted(FOLDER.glob("*.pyx"))
 FLAGS: Final = ("-O2", "-fPIC", "-shared", "-D_GNU_SOURCE", "-Wall")
+# A function that is called in only one place remains a function. Otherwise GCC moves the rare cases of requests into the function that serves
+# each of them, which then needs twice the stack, and more instructions for each WRITE.
+FLAGS_OF: Final = {"nbdtarget_fast": ("-fno-inline-functions-called-once",)}
 OUTPUT_LINES_MAX: Final = 12  # of a compiler that fails
 
 
@@ -77,7 +80,9 @@ def build(folder: Path) -> list[Path]:
             # They are modules of no package, and one of them uses another.
             cython += ["--module-name", source.stem, str(source), "-o", str(c_file)]
             run(cython, "cython")
-            run([*command, *flags, str(c_file), "-o", str(built)], "the C compiler")
+            of_module = [*flags, *FLAGS_OF.get(source.stem, ())]
+            line = [*command, *of_module, str(c_file), "-o", str(built)]
+            run(line, "the C compiler")
             # In one step, so that no process ever sees half a module.
             beside = target.with_suffix(".new")
             shutil.copy(built, beside)

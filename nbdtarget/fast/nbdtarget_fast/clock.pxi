@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time, as requests are measured with it; see `nbdtarget_clock.h`. It is a part of `nbdtarget_fast`."""
+"""What time it is: from the processor's counter where that can be trusted, see `nbdtarget_clock.h`, otherwise from the clock.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+"""
 
 cdef extern from "nbdtarget_clock.h" nogil:
     struct Moment "nbdtarget_moment":

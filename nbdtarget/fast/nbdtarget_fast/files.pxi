@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open files: READs from the page cache, WRITEs into it. It is a part of `nbdtarget_fast`."""
+"""`FastFile`: an open file, READs of what the page cache has of it, and WRITEs into the page cache.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+
+Theory of operation. A device has one `FastFile` for each file that it has opened. What the code without the interpreter needs is in its
+`File`, a struct of C. None of the functions here waits for a READ of the disk, but for `read_whole`. They tell the caller if the page cache cannot answer.
+What they find out about the file that only its device can judge stays in the `File` until the end of the turn, and the device is told then
+(`take_turn`): a WRITE was slow, an error of writing back, a sync that has not ended in time.
+"""
 
 cdef enum:
     WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the event loop calls. It is a part of `nbdtarget_fast`."""
+"""`Receiver`: what the event loop calls when the socket of a connection can be read.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+
+Theory of operation. Between the loop and the system calls there is no Python code, as long as all requests are plain. *Python* means here:
+all code of the connection outside of this module. After it has run, the Receiver looks whether the connection is plain: whether its next
+requests may be served here, from the two buffers. As long as none has run since, it need not look. So Python says `python_ran` before the
+loop may call the Receiver again.
+"""
 
 
 cdef class Receiver:
-    """What the loop calls when the socket of a connection can be read; see the module head.
-
-    Between the loop and the system calls there is no Python code then, as long as all requests are plain. `Python`
-    means here: all code of the connection outside of this module. After it has run, the Receiver looks whether the
-    connection is plain: whether its next requests may be served here, from the two buffers. As long as none has run
-    since, it need not look. So Python says `python_ran` before the loop may call the Receiver again.
+    """What the loop calls when the socket of a connection can be read.
 
     Args:
         plane: of the connection.
@@ -148,7 +151,7 @@ cdef class Receiver:
         if plane.poison:
             self._verify()
         begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
-        stop = plane._go(self.route, poll_ns, False, self._lone_sync() if plane.sync_credit else LONE_NOTHING)
+        stop = take_turn(plane, self.route, poll_ns, False, self._lone_sync() if plane.sync_credit else LONE_NOTHING)
         if self.plane is None:
             return False  # a callback has closed the connection
         # What has not changed need not be said.

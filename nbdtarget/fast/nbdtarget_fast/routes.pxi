@@ -1,5 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes: where the bytes of a device lie. It is a part of `nbdtarget_fast`."""
+"""`Route`: which bytes of a device lie where in which file.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+
+Theory of operation. There are three kinds of routes:
+
+    flat       all bytes lie in one file, at a constant distance
+    bitmap     regions, each of which lies in one of two files (a clone that is not yet hydrated)
+    table      blocks, which a hash table finds (a cache)
+
+What the code without the interpreter needs is in the `Way` of a route, a struct of C, which points to the owner's own tables. `find` looks
+one request up there. NULL as its answer means: this module cannot tell, Python must carry the request out. A request that touches
+several regions or blocks is cut into `Piece`s.
+"""
 
 cdef enum:
     LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is called of the kernel and of the C library. It is a part of `nbdtarget_fast`."""
+"""Functions of the kernel and of the C library.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+"""
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t

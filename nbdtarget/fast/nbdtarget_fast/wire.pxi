@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and replies as they go over the wire. It is a part of `nbdtarget_fast`."""
+"""Numbers and constants of the NBD protocol: lengths of headers, commands, flags, and the first bytes of messages.
+
+This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
+"""
 
 cdef enum:
     REQUEST_BYTES = 28

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the extension module; what things mean stands in `nbdtarget_fast.pyx`."""
+"""Types of the extension module; `nbdtarget_fast.pyx` and its parts say what they mean."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol

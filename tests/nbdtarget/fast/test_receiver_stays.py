@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client that is alone, and stays with the thread that syncs: `Plane._serve_on`.
+"""A client that is alone, and stays with the thread that syncs: `serve_on` in `stays.pxi`.
 
 The sockets keep the borders of messages, so that each request is received by itself although all of them are there from the beginning.
 """
