@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import quote
 
-from nbdtarget.common.access import AccessRules
+from nbdtarget.common.access import AccessRules, Identity
 from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
 from nbdtarget.common.heap import LEFT_ALONE, Heap
@@ -328,7 +328,13 @@ class Listener:
         moved, self._moved = self._moved, []
         for client, each in moved:
             client.setblocking(False)
-            connection = Connection(client, each.state.peer, self._shared)
+            try:
+                identity = identity_of(client)
+            except OSError:
+                identity = Identity()  # it has gone, which the connection will notice
+            connection = Connection(
+                client, each.state.peer, self._shared, client=identity
+            )
             self._connections[connection] = each.origin
             self._admission.enter(each.origin)
             self._stalls.connected()

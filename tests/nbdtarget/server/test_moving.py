@@ -65,6 +65,15 @@ async def test_a_client_goes_on_and_new_ones_can_connect(
     assert await peer.at_end()
 
 
+async def test_who_a_client_is_stays_known(served: Served) -> None:
+    await served.attach()
+    before = (await served.start()).clients()
+    await Moved(served).move()
+    after = (await served.start()).clients()
+    assert [client.identity for client in after] == [before[0].identity]
+    assert after[0].identity.uid == os.getuid()
+
+
 @pytest.mark.parametrize("extended", [False, True])
 @pytest.mark.parametrize("cut", [1, 27, 28, 29, 31, 32, 33, 400])
 async def test_half_a_request_is_finished_by_the_other_half(
