@@ -128,6 +128,7 @@ print(f"{sys.argv[1]:9} If-Range with ETag: {by_etag}; with date: {by_date}; If-
 END
 
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
     trap stop_server EXIT
     for name in aiohttp tornado werkzeug; do
         venv/bin/python serve.py $name >server.log 2>&1 &

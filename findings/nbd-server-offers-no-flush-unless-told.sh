@@ -18,11 +18,17 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 server=
-cleanup() {
+stop_server() { # It is strace, and nbd-server is its child.
     if [ -n "$server" ]; then
+        pkill -KILL -P "$server" 2>/dev/null || true
         kill -KILL "$server" 2>/dev/null || true
         wait "$server" 2>/dev/null || true
+        server=
     fi
+    rm -f "$folder/nbd.sock"
+}
+cleanup() {
+    stop_server
     rm -rf "$folder"
 }
 trap cleanup EXIT
@@ -52,6 +58,8 @@ client() {
     server=
 }
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
+    trap stop_server EXIT
     for setting in '' 'flush = true' 'sync = true'; do
         printf '[generic]\nunixsock = %s/nbd.sock\n[d]\n%s\nexportname = %s/disk.img\n' "$folder" "$setting" "$folder" >conf
         client nbdinfo "$uri" >info

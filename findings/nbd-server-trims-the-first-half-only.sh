@@ -88,6 +88,7 @@ try() { # NAME PIECE...
     stop_server
 }
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
     trap stop_server EXIT
     # shellcheck disable=SC2046  # one word for each piece
     try "each of 16 MiB trimmed" $(seq --format '%g+1' 0 15)

@@ -49,6 +49,8 @@ cp image served
 uri="nbd+unix:///?socket=$folder/nbd.sock"
 status_of() { local status=0; "$@" >>client.log 2>&1 || status=$?; echo "exit $status"; }
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
+    trap stop_server EXIT
     for kib in 64 256; do
         nbdkit --foreground --unix "$folder/nbd.sock" "--filter=$lib/filters/nbdkit-blocksize-policy-filter.so" \
             "$lib/plugins/nbdkit-file-plugin.so" served blocksize-minimum=1 blocksize-preferred=4096 \

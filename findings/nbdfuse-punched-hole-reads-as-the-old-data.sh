@@ -17,8 +17,12 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 server=
+fuse=
 cleanup() {
-    umount "$folder/mount" 2>/dev/null || true
+    if [ -n "$fuse" ]; then
+        kill "$fuse" 2>/dev/null || true # It unmounts, and ends.
+        wait "$fuse" 2>/dev/null || true
+    fi
     if [ -n "$server" ]; then
         kill -KILL "$server" 2>/dev/null || true
         wait "$server" 2>/dev/null || true
@@ -51,6 +55,7 @@ nbdkit --foreground --unix "$folder/nbd.sock" "$plugin" \
 server=$!
 for _ in $(seq 100); do [ -S nbd.sock ] && break; sleep 0.1; done
 nbdfuse "$folder/mount/disk" "nbd+unix:///?socket=$folder/nbd.sock" >nbdfuse.log 2>&1 &
+fuse=$!
 for _ in $(seq 100); do [ -s mount/disk ] && break; sleep 0.1; done
 
 try() { # OPTION OFFSET

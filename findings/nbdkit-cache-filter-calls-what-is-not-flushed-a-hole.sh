@@ -84,6 +84,7 @@ try() { # NAME MODE OPTION-OF-NBDCOPY FILTER...
         "qemu-img exit $by_qemu: $(holds by-qemu)"
 }
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
     trap stop_server EXIT
     try "cache=writeback, written:      " writeback "" "$cache"
     try "cache=writeback, and flushed:  " writeback --flush "$cache"

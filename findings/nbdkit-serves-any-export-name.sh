@@ -19,15 +19,19 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 server=
-stop() {
+stop_server() {
     if [ -n "$server" ]; then
         kill -KILL "$server" 2>/dev/null || true
         wait "$server" 2>/dev/null || true
+        server=
     fi
-    server=
     rm -f "$folder/nbd.sock"
 }
-trap 'stop; rm -rf "$folder"' EXIT
+cleanup() {
+    stop_server
+    rm -rf "$folder"
+}
+trap cleanup EXIT
 cd "$folder"
 
 # Unpack the pinned packages, and those that they need and that this machine lacks, into the folder.
@@ -43,7 +47,7 @@ lib="$folder/root/usr/lib/x86_64-linux-gnu/nbdkit"
 
 head -c 1M /dev/zero | tr '\0' n >new.img
 serve() { # COMMAND: serves disk.img on nbd.sock.
-    stop
+    stop_server
     head -c 1M /dev/zero | tr '\0' o >disk.img
     "$@" >server.log 2>&1 &
     server=$!
@@ -67,6 +71,8 @@ cat >nbd.conf <<END
     exportname = $folder/disk.img
 END
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
+    trap stop_server EXIT
     serve nbdkit --foreground --unix "$folder/nbd.sock" "$lib/plugins/nbdkit-file-plugin.so" disk.img
     printf '%-34s %s\n' "nbdkit lists:" \
         "$(nbdinfo --list "nbd+unix:///?socket=$folder/nbd.sock" | grep '^export=')"

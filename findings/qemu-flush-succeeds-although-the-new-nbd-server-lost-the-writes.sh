@@ -35,9 +35,12 @@ stop_qemu() {
     fi
     rm -f "$folder/qemu.sock"
 }
-cleanup() {
+stop_servers() {
     crash
     stop_qemu
+}
+cleanup() {
+    stop_servers
     rm -rf "$folder"
 }
 trap cleanup EXIT
@@ -113,6 +116,8 @@ file.server.type=unix,file.server.path=$folder/nbd.sock,file.reconnect-delay=$1"
 }
 
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the servers.
+    trap stop_servers EXIT
     try 0
     try 20
 } | tee seen

@@ -16,15 +16,7 @@
 set -euo pipefail
 
 folder=$(mktemp -d)
-server=
-cleanup() {
-    if [ -n "$server" ]; then
-        kill -KILL "$server" 2>/dev/null || true
-        wait "$server" 2>/dev/null || true
-    fi
-    rm -rf "$folder"
-}
-trap cleanup EXIT
+trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 
 # Unpack the pinned packages, and those that they need and that this machine lacks, into the folder.

@@ -17,11 +17,16 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 server=
-cleanup() {
+stop_server() {
     if [ -n "$server" ]; then
         kill -KILL "$server" 2>/dev/null || true
         wait "$server" 2>/dev/null || true
+        server=
     fi
+    rm -f "$folder/nbd.sock"
+}
+cleanup() {
+    stop_server
     rm -rf "$folder"
 }
 trap cleanup EXIT
@@ -40,6 +45,8 @@ export PATH="$folder/root/usr/sbin:$folder/root/usr/bin:$PATH"
 truncate --size 1G disk.img
 printf 'some data' | dd of=disk.img conv=notrunc status=none
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
+    trap stop_server EXIT
     for format in qcow2 vmdk vdi vhdx; do
         qemu-img convert -f raw -O $format disk.img disk.$format
         qemu-nbd --read-only --persistent --format=$format --socket="$folder/nbd.sock" disk.$format 2>qemu-nbd.log &
@@ -47,10 +54,7 @@ printf 'some data' | dd of=disk.img conv=notrunc status=none
         for _ in $(seq 100); do [ -S nbd.sock ] && break; sleep 0.1; done
         echo "$format:" \
             "$(nbdinfo --map --totals "nbd+unix:///?socket=$folder/nbd.sock" | awk '{print $1 " bytes are " $4 $5}' | paste -sd, | sed 's/,/, /')"
-        kill "$server"
-        wait "$server" 2>/dev/null || true
-        server=
-        rm -f nbd.sock
+        stop_server
     done
 } | tee seen
 

@@ -17,8 +17,15 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 server=
+stop_server() {
+    if [ -n "$server" ]; then
+        kill -KILL "$server" 2>/dev/null || true
+        wait "$server" 2>/dev/null || true
+        server=
+    fi
+}
 cleanup() {
-    if [ -n "$server" ]; then kill "$server" 2>/dev/null || true; fi
+    stop_server
     rm -rf "$folder"
 }
 trap cleanup EXIT
@@ -62,14 +69,14 @@ END
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 {
+    # Because of the pipe, these braces are a process of their own, and only it knows the server.
+    trap stop_server EXIT
     for kind in s3 http; do
         port=$(free_port)
         venv/bin/rclone serve "$kind" root --addr "127.0.0.1:$port" --config none.conf >"$kind.log" 2>&1 &
         server=$!
         python3 ask.py "$kind" "$port"
-        kill "$server"
-        wait "$server" 2>/dev/null || true
-        server=
+        stop_server
     done
 } | tee output
 
