@@ -29,6 +29,10 @@ def listen_address(uri: str) -> str:
     parts = urlsplit(uri)
     if sockets := parse_qs(parts.query).get("socket"):
         return f"unix:{sockets[0]}"
+    if parts.scheme.endswith("+vsock"):
+        cid, _, port = parts.netloc.partition(":")
+        # A server that listens for all machines tells the host's number, which is how they reach it.
+        return f"vsock:{'any' if cid == '2' else cid}:{port}"
     return f"tcp:{parts.netloc}"
 
 

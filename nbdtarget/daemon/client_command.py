@@ -4,8 +4,8 @@
 The command finds in its environment how to attach:
 
     $uri           NBD URI of the export, on the first address that is listened on
-    $unixsocket    path of the unix socket; empty on TCP
-    $port          TCP port; empty on a unix socket
+    $unixsocket    path of the unix socket; else empty
+    $port          port of TCP or vsock; empty on a unix socket
     $exportname    name of the export
 
 It has our standard input, output and error, and stays in our process group, so that Ctrl-C in a terminal reaches both. When
@@ -21,11 +21,11 @@ import os
 import signal
 from collections.abc import Callable
 from typing import Final
-from urllib.parse import parse_qs, urlsplit
 
 from nbdtarget.common.clock import wait_within
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.turns import Tasks
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
 
 __all__ = ["ClientCommand", "attach_variables"]
 
@@ -45,12 +45,11 @@ _OUR_VARIABLES: Final = (
 
 def attach_variables(uri: str, name: str) -> dict[str, str]:
     """Return the variables of the module head. `uri`: that of the export `name`."""
-    parts = urlsplit(uri)
-    (path,) = parse_qs(parts.query).get("socket", [""])
+    where = parse_nbd_uri(uri)
     return {
         "uri": uri,
-        "unixsocket": path,
-        "port": "" if path else str(parts.port or ""),
+        "unixsocket": where.socket_path,
+        "port": "" if where.socket_path else str(where.port),
         "exportname": name,
     }
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
 from nbdtarget.cli.outlet import Outlet, process_stderr, process_stdout
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget.server.listener import export_uri
 
 __all__ = [
@@ -49,22 +49,29 @@ R = TypeVar("R")
 
 
 def client_lines(uri: str) -> list[str]:
-    """One line to paste for each client."""
-    parts = urlsplit(uri)
-    name = unquote(parts.path.removeprefix("/"))
+    """One line to paste for each client that can attach."""
+    where = parse_nbd_uri(uri)
+    name = where.export_name
     word = shlex.quote(uri)
+    by_libnbd = [f"nbdinfo {word}", f"nbdcopy --progress {word} copy.img"]
+    if where.tls is not None:
+        # QEMU and nbd-client take no such URI, but certificates as options: docs/how-to/tls.md.
+        return by_libnbd
+    if where.cid is not None:
+        # QEMU takes no such URI either, and nbd-client speaks no vsock.
+        server = f"server.type=vsock,server.cid={where.cid},server.port={where.port}"
+        disk = f"driver=nbd,{server},export={name.replace(',', ',,')}"
+        return [*by_libnbd, f"qemu-img info --image-opts {shlex.quote(disk)}"]
     drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio")
-    sockets = parse_qs(parts.query).get("socket")
-    if sockets:
-        where = f"-unix {shlex.quote(sockets[0])}"
+    if where.socket_path:
+        server = f"-unix {shlex.quote(where.socket_path)}"
     else:
-        where = f"{parts.hostname} {parts.port or 10809}"
+        server = f"{where.host} {where.port}"
     return [
-        f"nbdinfo {word}",
-        f"nbdcopy --progress {word} copy.img",
+        *by_libnbd,
         f"qemu-img info {word}",
         f"qemu-system-x86_64 -m 1G -drive {drive}",
-        f"sudo nbd-client {where} -N {shlex.quote(name)} /dev/nbd0",
+        f"sudo nbd-client {server} -N {shlex.quote(name)} /dev/nbd0",
     ]
 
 

@@ -321,6 +321,8 @@ def test_nothing_is_written_of_listeners_that_are_not_known() -> None:
         ("nbd+unix:///{name}?socket=/run/n%20b.sock", "unix:/run/n b.sock"),
         ("nbd://127.0.0.1:10809/{name}", "tcp:127.0.0.1:10809"),
         ("nbd://[::1]:7/{name}", "tcp:[::1]:7"),
+        ("nbd+vsock://2:10809/{name}", "vsock:any:10809"),
+        ("nbds+vsock://1:4000000000/{name}", "vsock:1:4000000000"),
     ],
 )
 def test_uri_of_a_listener_becomes_the_address_to_listen_on(

@@ -23,6 +23,10 @@ from nbdtarget.daemon.client_command import ClientCommand, attach_variables
             "nbd://127.0.0.1:10810/d",
             {"unixsocket": "", "port": "10810", "exportname": "d"},
         ),
+        (
+            "nbds+vsock://2:4000000000/d",
+            {"unixsocket": "", "port": "4000000000", "exportname": "d"},
+        ),
     ],
 )
 def test_variables_say_how_to_attach(uri: str, expected: dict[str, str]) -> None:
