@@ -15,6 +15,7 @@ touched it would end the process (SIGBUS). A system call that copies from there 
 a READ. If one is missing, the READ takes the usual way. A page can still be evicted in the microseconds between the two calls; then the
 loop waits for that page. The first use of a page in a window waits for its lock, too, which the kernel may hold while it writes that page back. So each send that takes
 more than SEND_SLOW_NS has twice as many of the next READs of that file copied as the one before it.
+Of files that another machine or process has to be asked about, neither the page nor `mmap` itself may ever come back: `nbdtarget/devices/file/windows.py` gives no windows to them.
 `mincore` tells the truth only of files that the process owns or may write to. For others it says that all pages are there, so
 `takes` tries it on a page behind the end of the file, which is never there.
 

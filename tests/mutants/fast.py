@@ -182,6 +182,13 @@ FAST: Final = (
         WINDOWS,
     ),
     Mutant(
+        "windows-of-a-file-on-a-server",
+        "The server of one NFS mount goes away, and the whole process waits for it in mmap.",
+        "nbdtarget.devices.file.device:FileDevice._lend_windows",
+        (("if not (self._can_map and self._may_map):", "if not self._may_map:"),),
+        WINDOWS,
+    ),
+    Mutant(
         "windows-are-kept-for-ever",
         "An idle server keeps a GiB of pages mapped, which the kernel then counts as its memory.",
         "nbdtarget.devices.file.windows:FileWindows._sweep",

@@ -84,6 +84,7 @@ from nbdtarget.devices.file.syscalls import (
     can_punch_holes,
     fd_size,
     is_memory_file_system,
+    maps_at_once,
     refuses_before_it_takes,
     start_writeback,
 )
@@ -153,6 +154,7 @@ class FileDevice(Device):
         )
         # For the compiled fast path: see `maybe_fast_file`.
         self._fast: FastFile | None = None
+        self._can_map = False
         self._may_map = True
         self._unfinished: tuple[int, int, int, int] | None = None
         self._nr_before_unfinished = 0
@@ -294,8 +296,10 @@ class FileDevice(Device):
         return self._fast
 
     def _lend_windows(self, fast: FastFile) -> None:
+        if not (self._can_map and self._may_map):
+            return
         windows = windows_of_loop()
-        if self._may_map and windows.takes(self._fd, self.size):
+        if windows.takes(self._fd, self.size):
             fast.windows = windows
 
     def _note_unfinished(
@@ -647,6 +651,7 @@ class FileDevice(Device):
         self._syncs.refuses_before_it_takes = (
             self._is_block_device or refuses_before_it_takes(self._fd)
         )
+        self._can_map = self._is_block_device or maps_at_once(self._fd)
         unit = 1
         if self._is_block_device:
             self.hides_zeroes = True

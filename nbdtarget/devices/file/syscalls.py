@@ -30,6 +30,7 @@ __all__ = [
     "is_rotational",
     "lock_for_reading",
     "lock_for_writing",
+    "maps_at_once",
     "refuses_before_it_takes",
     "start_writeback",
     "wait_for_writeback",
@@ -58,6 +59,7 @@ _DIRECT_UNIT_MAX: Final = (
 
 _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
+_ZFS_MAGIC: Final = 0x2FC12FC1
 
 # File systems that reserve the space for a buffered write before they take any of its bytes.
 _RESERVING_MAGICS: Final = frozenset(
@@ -69,9 +71,12 @@ _RESERVING_MAGICS: Final = frozenset(
         0x9123683E,  # btrfs
         0xF2F52010,  # f2fs
         0xCA451A4E,  # bcachefs
-        0x2FC12FC1,  # zfs
+        _ZFS_MAGIC,
     }
 )
+
+# File systems whose mmap asks no server and no other process, and that show in the mapping what their page cache has (zfs does not).
+_MAPPING_MAGICS: Final = _RESERVING_MAGICS - {_ZFS_MAGIC}
 
 # File systems that are known to punch holes.
 _PUNCHING_MAGICS: Final = frozenset(
@@ -171,6 +176,14 @@ def refuses_before_it_takes(fd: int) -> bool:
     NFS, for one, answers a write with the ENOSPC of an earlier one, and then forgets that.
     """
     return _file_system_magic(fd) in _RESERVING_MAGICS
+
+
+def maps_at_once(fd: int) -> bool:
+    """Whether mmap of this regular file does not wait for a server or another process.
+
+    On NFS and SMB it asks the server whether the file has changed. The memory of the process is locked meanwhile, for all of its threads.
+    """
+    return _file_system_magic(fd) in _MAPPING_MAGICS
 
 
 def _file_system_magic(fd: int) -> int:

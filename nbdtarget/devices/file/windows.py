@@ -2,7 +2,21 @@
 """Windows: the parts of files that are mapped, so that long READs are copied once and not twice.
 
 Theory of operation. `nbdtarget/fast/nbdtarget_map.pyx` tells what they are for and what keeps them safe. All files of an event loop share
-them. A file may have some if it lies in the page cache (not `direct:`), and if the kernel tells this process which of its pages are in memory.
+them. A file may have some if it lies in the page cache (not `direct:`), if the kernel tells this process which of its pages are in memory, and if
+its file system is one of those whose mmap asks no server and no other process (`maps_at_once`; block devices, too).
+
+*Why only there.* Everything here runs on the event loop, with `takes`. Of the calls:
+
+    mmap       calls the file system. NFS and SMB ask their server whether the file has changed, and NFS may write dirty pages back first; FUSE may wait for
+               writes, and a cluster file system for a lock. On a dead mount none of this ends. A thread would not help: the memory of the whole process is
+               locked meanwhile, so the loop would wait in its next page fault. On the file systems that are taken, mmap does what an inline read does, too:
+               it may change the access time
+    mincore    looks into the page cache, and does not wait
+    madvise    (MADV_DONTFORK) changes a flag of the mapping
+    munmap     changes page tables, and lets go of a file that is open elsewhere
+    sendmsg    copies pages that `mincore` has just found. If one is evicted in between, the loop waits for the local disk, see `nbdtarget_map.pyx`
+
+`fstatfs` and `fstat`, which ask the server, too, are called when the device is made, in a worker.
 
 They are given back
 

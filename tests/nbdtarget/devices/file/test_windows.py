@@ -14,6 +14,8 @@ import pytest
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices import resolve
+from nbdtarget.devices.file import device as file_device
+from nbdtarget.devices.file import syscalls
 from nbdtarget.devices.file import windows as file_windows
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.syscalls import lock_for_writing
@@ -30,6 +32,7 @@ if compiled.IS_COMPILED:
 
 READ = 0
 LENGTH = 64 << 10
+NFS_MAGIC = 0x6969
 
 
 class Served:
@@ -137,6 +140,35 @@ async def test_file_that_cannot_be_opened_anew_has_windows_again(
     served.path.read_bytes()
     served.read()
     assert served.is_mapped
+
+
+async def test_file_that_a_server_may_be_asked_about_is_not_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(os.urandom(SIZE))
+    # mmap asks the server there, on the loop, and keeps the memory of the whole process locked until it answers.
+    monkeypatch.setattr(syscalls, "_file_system_magic", lambda _: NFS_MAGIC)
+    asked: list[int] = []
+    monkeypatch.setattr(file_device, "windows_of_loop", lambda: asked.append(1))
+    device = await resolve.open_device(str(path), read_only=True)
+    assert isinstance(device, FileDevice)
+    bench = Bench(tmp_path / "unused")
+    path.read_bytes()
+    served = Served(bench, device, path)
+    served.read()
+    assert not served.is_mapped
+
+    def probe(_: FileDevice) -> object:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(FileDevice, "_probe", probe)
+    with pytest.raises(NbdTargetError):
+        await device.reopened(str(path), read_only=True)
+    assert served.fast.windows is None
+    assert not asked
+    bench.close()
+    await device.close()
 
 
 def test_each_thread_s_loop_keeps_its_windows() -> None:
