@@ -204,9 +204,12 @@ class Device:
         """Open the same disk once more, as `name`, because this device is latched or lost.
 
         None: opening it by its name is all that it takes. The device itself: it is usable again.
-        Raises: ResolveError.
+        Raises: ResolveError; then this device is as before.
         """
         return None
+
+    def reopening_undone(self) -> None:
+        """The other device that `reopened` has returned is closed, and this one goes on as before."""
 
     def note_bulk_read(self, nr_requests: int, nr_bytes: int) -> None:
         """A bulk copy has read so much from streams that the device has lent. Context: the event loop."""

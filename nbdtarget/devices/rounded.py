@@ -115,6 +115,9 @@ class RoundedDevice(Device):
             return device
         return RoundedDevice(device)
 
+    def reopening_undone(self) -> None:
+        self._inner.reopening_undone()
+
     @property
     def nr_in_flight(self) -> int:
         return self._inner.nr_in_flight

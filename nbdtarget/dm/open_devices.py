@@ -318,7 +318,10 @@ class OpenDevices:
             use = self._use(name, new, holder, read_only=read_only, shared=shared)
         except ResolveError:
             self._unusable.remove(old)
-            await device.close()
+            try:
+                await device.close()
+            finally:
+                old.device.reopening_undone()
             raise
         log.info("%s: %s: opened again", holder.name, name)
         return use
@@ -428,6 +431,7 @@ class OpenDevices:
             # The new table is gone again, and the live one still has the old device: that is the entry again.
             self._unusable.remove(before)
             self._opens[opened.identity] = before
+            before.device.reopening_undone()
 
     def has_unusable(self, opened: _Open, holder: MappedDevice) -> bool:
         """Whether `opened` replaces a latched or lost device that `holder` still has open."""

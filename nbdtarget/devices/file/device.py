@@ -351,11 +351,13 @@ class FileDevice(Device):
                 await give_back(self._fast)
             return await self.open_beside(self, name, read_only)
         except BaseException:
-            # This device goes on, also when the caller was cancelled.
-            self._may_map = True
-            if self._fast is not None:
-                self._lend_windows(self._fast)
+            self.reopening_undone()  # also when the caller was cancelled
             raise
+
+    def reopening_undone(self) -> None:
+        self._may_map = True
+        if self._fast is not None:
+            self._lend_windows(self._fast)
 
     def begin_sync_beside(self) -> Callable[[int], None]:
         """The file is going to be synced through another descriptor. Returns what is called with the status."""

@@ -23,7 +23,8 @@ They are given back
     in time          by a sweep every SWEEP_S seconds, if they were not used since the sweep before it: the pages of a file that is mapped count in the
                      resident memory of this process, and stay in the page cache when something drops them
     at the end       before the file is closed (`give_back`): a mapping keeps the open file alive, with its locks
-    for a new one    before the same file is opened anew, which begins with dropping its pages (`page_cache.py`)
+    for a new one    before the same file is opened anew, which begins with dropping its pages (`page_cache.py`). It may have some again when
+                     the opening has failed, or when the new device is closed before it (`reopening_undone`)
 
 A few at a time, because giving one back takes up to a tenth of a millisecond.
 """

@@ -9,6 +9,7 @@ import pytest
 
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
+from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.devices.rounded import RoundedDevice
 
@@ -86,4 +87,18 @@ async def test_whole_sectors_are_not_wrapped(tmp_path: Path) -> None:
     (tmp_path / "even").write_bytes(bytes(1024))
     device = await open_device(str(tmp_path / "even"), read_only=True)
     assert not isinstance(device, RoundedDevice)
+    await device.close()
+
+
+async def test_device_that_is_rounded_hears_that_it_is_alone_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[FileDevice] = []
+    monkeypatch.setattr(
+        FileDevice, "reopening_undone", lambda device: told.append(device)
+    )
+    device = await open_device(str(path), read_only=True)
+    assert isinstance(device, RoundedDevice)
+    device.reopening_undone()
+    assert told == [device._inner]
     await device.close()

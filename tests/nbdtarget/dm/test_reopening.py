@@ -126,6 +126,54 @@ async def test_same_line_loaded_and_resumed_cures_it(
     assert bytes(await device.read(8192, 5)) == b"after"
 
 
+@pytest.fixture
+def undone(monkeypatch: pytest.MonkeyPatch) -> list[FileDevice]:
+    """The devices that were told that what was opened in their place is closed again."""
+    told: list[FileDevice] = []
+    monkeypatch.setattr(
+        FileDevice, "reopening_undone", lambda device: told.append(device)
+    )
+    return told
+
+
+async def test_disk_whose_second_opening_may_not_be_used_is_as_before(
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undone: list[FileDevice],
+) -> None:
+    device = await registry.create("d", table_of("linear", tmp_path))
+    old = await latch(registry, device, "/a", monkeypatch)
+    with pytest.raises(ConstructorError, match="in use by d"):
+        await registry.create("e", table_of("clone", tmp_path))
+    assert undone == [old]
+    assert registry.opens.lower_devices(device) == [old]
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_disk_whose_second_opening_is_closed_again_is_as_before(
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undone: list[FileDevice],
+    is_refused: bool,
+) -> None:
+    table = table_of("linear", tmp_path)
+    device = await registry.create("d", table)
+    old = await latch(registry, device, "/a", monkeypatch)
+    if is_refused:
+        with pytest.raises(ConstructorError, match="no such file"):
+            await registry.load("d", f"{table}\n2048 8 linear {tmp_path}/no 0")
+    else:
+        await registry.load("d", table)
+        assert undone == []
+        await registry.clear("d")
+    assert undone == [old]
+    await registry.load("d", table)
+    await registry.resume("d")
+    assert undone == [old]
+
+
 async def test_below_a_stacked_device_too(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

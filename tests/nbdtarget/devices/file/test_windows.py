@@ -117,6 +117,10 @@ async def test_file_that_is_opened_anew_has_no_windows_meanwhile(
     assert served.is_mapped
     served.bench.route.close()
     await device.close()
+    served.device.reopening_undone()
+    served.use(served.device)
+    served.read()
+    assert served.is_mapped  # it is alone again
 
 
 @pytest.mark.parametrize("is_made", [False, True])
