@@ -574,7 +574,11 @@ def _set_done(future: "asyncio.Future[None]") -> None:
 async def _connected(name: str, uri: NbdUri) -> socket.socket:
     last: OSError = OSError(errnos.EHOSTUNREACH, os.strerror(errnos.EHOSTUNREACH))
     for family, address in await _addresses(name, uri):
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            last = error  # this kernel lacks the family, or a container may not use it
+            continue
         try:
             sock.setblocking(False)
             _set_options(sock, family)

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno as errnos
+import os
 import socket
 from types import SimpleNamespace
 from typing import Any, Final
@@ -10,6 +11,7 @@ from typing import Any, Final
 import pytest
 import uvloop
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd.connection import NbdConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
@@ -54,6 +56,40 @@ async def test_reset_while_connecting_means_that_nothing_listens() -> None:
         socket.socket.connect(sock, server.getsockname())
         with pytest.raises(ConnectionRefusedError):
             await nbd_connection._connect_socket(sock, socket.AF_VSOCK, (1, 2))
+
+
+class Filtered(socket.socket):
+    """A socket of a container: a filter of system calls forbids vsock."""
+
+    def __init__(self, family: int = -1, *args: Any, **named: Any) -> None:
+        if family == socket.AF_VSOCK:
+            raise PermissionError(errnos.EPERM, os.strerror(errnos.EPERM))
+        super().__init__(family, *args, **named)
+
+
+async def test_vsock_that_is_forbidden_cannot_be_connected_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "socket", Filtered)
+    uri = "nbd+vsock://2/d"
+    with pytest.raises(ResolveError) as raised:
+        await nbd_connection._connected(uri, parse_nbd_uri(uri))
+    assert str(raised.value) == f"{uri}: cannot connect: operation not permitted"
+    assert raised.value.errno == errnos.EPERM
+
+
+async def test_address_of_a_forbidden_family_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def addresses(*_: object) -> list[object]:
+        return [(socket.AF_VSOCK, (2, 1)), (socket.AF_INET, server.getsockname())]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(socket, "socket", Filtered)
+        monkeypatch.setattr(nbd_connection, "_addresses", addresses)
+        uri = "nbd://host/d"
+        with await nbd_connection._connected(uri, parse_nbd_uri(uri)) as sock:
+            assert sock.getpeername() == server.getsockname()
 
 
 async def test_address_needs_no_look_up() -> None:
