@@ -73,6 +73,7 @@ from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.file.bulk import STREAMS, Behind, FileStream, FileWriter
+from nbdtarget.devices.file.closing import close_descriptors
 from nbdtarget.devices.file.extents import find_extents
 from nbdtarget.devices.file.pieces import WRITE_PIECE, write_rest
 from nbdtarget.devices.file.ring import find_out, maybe_reader
@@ -335,12 +336,10 @@ class FileDevice(Device):
         if self._behind is not None:
             await self._behind.close()
         await self._pool.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        fds = [fd for fd in (self._fd, self._lock_fd) if fd >= 0]
+        self._fd = self._lock_fd = -1
+        if fds:
+            await close_descriptors(self.name, fds)
 
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         if self.read_only and not read_only:
