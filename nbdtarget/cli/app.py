@@ -9,6 +9,7 @@ should cost little more than starting Python. So only the module of the command 
 looks only at its options: for all commands that takes 0.15 s. Help, completion and a word that is no command need all of them.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -124,6 +125,9 @@ _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 def main() -> NoReturn:
     """The console script."""
     look_rarely()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A name with letters that the terminal does not have is printed all the same.
+        sys.stdout.reconfigure(errors="backslashreplace")
     status = run(sys.argv[1:])
     process = sys.modules.get("nbdtarget.daemon.process")
     if process is not None and process.must_leave_at_once():

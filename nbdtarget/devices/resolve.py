@@ -81,9 +81,19 @@ def absolute_name(name: str, directory: str) -> str:
     """Return `name` as it is called from anywhere, if it was meant as seen from `directory`.
 
     A name of an unknown scheme stays as it is: opening it says what is wrong.
+    Raises: ResolveError: it is not UTF-8.
     """
     scheme = _maybe_scheme(name)
-    return name if scheme is None else scheme.absolute(name, directory)
+    found = name if scheme is None else scheme.absolute(name, directory)
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        # JSON, and all that is sent to other programs, could not have it.
+        raise ResolveError(
+            found,
+            "this name is not UTF-8: rename the file or its directory, or give a link to it",
+        ) from None
+    return found
 
 
 def is_volatile(name: str) -> bool:

@@ -248,16 +248,23 @@ class Job(Generic[P]):
             parse_address(address)
         self._passed = passed_sockets()
         self._daemon.registry.opens.opener = self._kept
+        is_served = False
         try:
-            plan = await self._plan()
-            device = await self._prepare(plan)
-        finally:
-            await self._kept.close()
-        self._expect_upgrade(plan, device)
-        # With a command, stdout is the command's alone.
-        if self._command is None:
-            self._report(self._served.serving, plan, self._daemon.uris)
-        self._daemon.tell_ready()
+            try:
+                plan = await self._plan()
+                device = await self._prepare(plan)
+                is_served = True
+            finally:
+                await self._kept.close()
+            self._expect_upgrade(plan, device)
+            # With a command, stdout is the command's alone.
+            if self._command is None:
+                self._report(self._served.serving, plan, self._daemon.uris)
+            self._daemon.tell_ready()
+        except BaseException:
+            if is_served:  # also when the stop signal came just now
+                await self._daemon.close()
+            raise
         return plan, device
 
     async def _take_over(self, offer: Offer) -> tuple[P, MappedDevice]:

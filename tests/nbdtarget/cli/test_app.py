@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from nbdtarget.cli.app import COMMANDS, make_app
+from tests.support.processes import NBDTARGET
 
 # Modules whose import takes 2 ms or more, or is part of such an import: asyncio with ssl 30, cache 25, rich 40, uvloop 10.
 HEAVY = {
@@ -115,3 +117,22 @@ def test_a_word_that_is_no_command_is_compared_with_all() -> None:
     )
     assert ran.returncode == 2
     assert "status" in ran.stderr
+
+
+def test_a_disk_whose_name_the_terminal_does_not_have_is_served(
+    tmp_path: Path, runtime: Path
+) -> None:
+    (tmp_path / "dü.img").write_bytes(bytes(512))
+    words = ["export", "dü.img", "--name", "d", "--control", f"{tmp_path}/c.sock"]
+    with subprocess.Popen(
+        [NBDTARGET, *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.terminate()
+        process.stdout.read()
+    assert first.startswith(rb"d\xfc.img is served")
+    assert process.returncode == 0

@@ -227,3 +227,12 @@ def test_absolute_name(name: str, directory: str, path: str) -> None:
 )
 def test_only_what_is_in_memory_is_volatile(name: str, volatile: bool) -> None:
     assert is_volatile(name) == volatile
+
+
+@pytest.mark.parametrize(
+    ("name", "directory"), [("/srv/\udcff.img", "/"), ("a.img", "/srv/\udcff")]
+)
+def test_name_that_is_no_utf_8_is_refused(name: str, directory: str) -> None:
+    """It could be served, and then no message, no table and no JSON could have it."""
+    with pytest.raises(ResolveError, match="is not UTF-8"):
+        absolute_name(name, directory)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nbdtarget.common.heap import HEAP
+from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.porcelain.cache import CacheJob, CacheOptions
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions
 from nbdtarget.porcelain.export import ExportJob, ExportOptions
@@ -90,6 +91,32 @@ async def test_commit_that_failed_at_the_removal_is_in_the_exit_status(
         await job._daemon.registry.remove("served")
         monkeypatch.setattr(device, "is_uncommitted", True)
         assert await running == 1
+
+
+@pytest.mark.parametrize("make", [clone_job, cache_job, export_job])
+async def test_start_that_fails_late_ends_in_order(
+    recorder: Recorder,
+    make: Callable[[Recorder], Job[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make(recorder)
+    devices: list[MappedDevice] = []
+
+    def fail_to_tell(*_: object) -> None:
+        devices.extend(job._daemon.registry.devices())
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(recorder, "serving", fail_to_tell, raising=False)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await job.run()
+    assert [device.state for device in devices] == [State.REMOVED]
+    # The same disks can be served again, and nothing is in doubt.
+    again = make(Recorder())
+    running = asyncio.create_task(again.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await again._served.is_serving.wait()  # type: ignore[attr-defined]
+        again._daemon.stop.set()
+        assert await running == 0
 
 
 async def fail(*_: object) -> None:
