@@ -130,6 +130,8 @@ class Connection:
         )
         self._is_shutting_down = False
         self.is_frozen = False
+        # Whether it was receiving, and waiting to send, at `hold`; None: it is not held.
+        self._held: tuple[bool, bool] | None = None
         self._flush_scheduled = Soon(self._flush_now)
         self._finish_scheduled = Soon(self._finish_now)
 
@@ -181,14 +183,30 @@ class Connection:
         self.maybe_release()
 
     def freeze(self) -> None:
-        """Begin no request any more. Requests that have begun end; see `is_at_rest`."""
+        """Begin no request any more. Requests that have begun end; see `is_at_rest`. A handshake goes on."""
         self.is_frozen = True
         if self._input is not None and self._input.is_plain:
             self._watch.stop_reading()
 
+    def hold(self) -> None:
+        """After `freeze`: neither go on with a handshake nor receive the rest of a payload, until `thaw`."""
+        watch = self._watch
+        self._held = watch.is_reading, watch.is_writing
+        if self.state == HANDSHAKE:
+            watch.stop()  # of sending, too: TLS receives when it may send
+        elif self.state == TRANSMISSION:
+            watch.stop_reading()
+
     def thaw(self) -> None:
-        """Undo `freeze`."""
+        """Undo `freeze` and `hold`."""
+        held, self._held = self._held, None
         self.is_frozen = False
+        if held is not None and self.state == HANDSHAKE:
+            was_reading, was_writing = held
+            if was_writing:
+                self._watch.write(self._writable)
+            if was_reading:
+                self._start_reading()
         if self.state != TRANSMISSION:
             return
         if self._flow.is_paused:
@@ -212,6 +230,11 @@ class Connection:
     def is_busy(self) -> bool:
         """Whether something is in flight."""
         return bool(self._flow.nr_requests)
+
+    @property
+    def payload_left(self) -> int:
+        """The bytes that are to come of a payload that is being received."""
+        return 0 if self._input is None else self._input.payload_left
 
     @property
     def client(self) -> Client:
@@ -400,7 +423,7 @@ class Connection:
             self._reception.python_ran()
 
     def _start_reading(self) -> None:
-        if not self._watch.is_reading:
+        if not self._watch.is_reading and self._held is None:
             self._python_has_run()
             reception = self._reception
             self._watch.read(self.readable if reception is None else reception.reader)

@@ -160,6 +160,12 @@ class Input:
         """Whether what comes next is a request, into the receive buffer."""
         return self.large is None and not self._skip
 
+    @property
+    def payload_left(self) -> int:
+        """The bytes that are to come of a payload that is being received."""
+        large = self.large
+        return self._skip if large is None else large.length - large.filled
+
     def served(self, begin: int, end: int) -> None:
         """The compiled fast path has received up to `end`, and served up to `begin`. It makes room by itself."""
         if self._poison:

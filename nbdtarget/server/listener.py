@@ -56,6 +56,7 @@ from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
 from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
+from nbdtarget.server.rest import come_to_rest
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.shares import Share, Shares
 from nbdtarget.server.spare_memory import SpareMemory
@@ -71,7 +72,6 @@ log = logging.getLogger(__name__)
 
 ACCEPTS_MAX: Final = 16  # in one turn of the loop
 ACCEPT_PAUSE_S: Final = 1.0
-FREEZE_LOOK_S: Final = 0.002
 _OUT_OF_FILES: Final = (errnos.EMFILE, errnos.ENFILE, errnos.ENOBUFS, errnos.ENOMEM)
 
 
@@ -230,25 +230,16 @@ class Listener:
     async def freeze(self, within_s: float) -> list[str]:
         """Accept no connection and begin no request, until `thaw`; wait for those that have begun.
 
-        A connection that is in its handshake, or whose client does not send the rest of a payload, has until then, and
-        is closed.
+        A client that is in its handshake, or does not send the rest of a payload, is not waited for so long, and left out
+        of what is moved (`rest.py`).
         Returns: the names of clients whose requests have not ended in time.
         """
         self._stop_accepting()
         for connection in list(self._connections):
             connection.freeze()
-        end_ns = self._clock.now_ns() + int(within_s * 1e9)
-        while any(not each.is_at_rest for each in self._connections):
-            if self._clock.now_ns() >= end_ns:
-                break
-            await self._clock.sleep(FREEZE_LOOK_S)
-        busy = []
-        for connection in list(self._connections):
-            if connection.is_busy:
-                busy.append(connection.peer)
-            elif not connection.is_at_rest:
-                connection.abort()
-        return busy
+        return await come_to_rest(
+            lambda: list(self._connections), self._clock, within_s
+        )
 
     def thaw(self) -> None:
         """Undo `freeze`."""
@@ -260,7 +251,8 @@ class Listener:
     def moved_state(self) -> tuple[ListenerState, list[int]]:
         """After `freeze`: what another process needs to go on, and the descriptors that belong to it.
 
-        Connections that cannot be moved are told that the server ends.
+        Clients that are encrypted, and so cannot be moved, are told that the server ends. Those that have not come to rest
+        are left out.
         """
         sockets, fds = [], []
         for fd in self._sockets:
@@ -277,7 +269,8 @@ class Listener:
         for connection, origin in list(self._connections.items()):
             moved = connection.moved_state()
             if moved is None:
-                connection.shutdown()
+                if connection.is_at_rest:
+                    connection.shutdown()
             else:
                 connections.append(MovedConnection(origin, moved))
                 fds.append(connection.fileno)

@@ -17,6 +17,7 @@ GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
 UNIX_SOCKET: Final = ("tests/nbdtarget/common/test_unix_socket.py",)
 STOP: Final = ("tests/nbdtarget/daemon/test_stop.py",)
+REST: Final = ("tests/nbdtarget/server/test_rest.py",)
 TRAFFIC: Final = ("tests/nbdtarget/server/test_traffic.py",)
 
 SERVER: Final = (
@@ -62,6 +63,20 @@ SERVER: Final = (
             ),
         ),
         ("tests/nbdtarget/server/test_moving.py",),
+    ),
+    Mutant(
+        "silent-clients-hold-an-upgrade-up",
+        "Anybody who reaches the port, and says nothing, makes all clients wait for ten seconds in each hand-over.",
+        "nbdtarget.server.rest:_Waiting._has_to_wait",
+        (("HANDSHAKE_REST_S * 1e9", "1e99"),),
+        REST,
+    ),
+    Mutant(
+        "handshakes-go-on-while-devices-have-no-tables",
+        "A client that connects while the server hands over, and fails to, is told that its disk has no size.",
+        "nbdtarget.server.connection:Connection.hold",
+        (("            watch.stop()  #", "            pass  #"),),
+        REST,
     ),
     Mutant(
         "hand-over-cancelled-after-go",
