@@ -29,19 +29,19 @@ inline the functions of one part in another:
     routes         `Route`: which bytes of a device lie where in which file
     wire           numbers and constants of the NBD protocol
     plane          `Plane`: all that is known of one connection
-    turns          one turn: receive, serve, send; and what becomes of the buffers
+    turns          one turn: receive, serve, send; and the two buffers
     requests       parse requests, and carry them out
     replies        pack replies
     syncs          WRITEs with FUA, and FLUSHes
-    stays          a client stays with the thread that syncs
+    stays          the thread that syncs goes on with a client, in the place of the event loop
     mapped_reads   long READs, which the kernel sends from a mapping of the file
     ring_reads     READs that io_uring carries out
     receiver       `Receiver`: what the event loop calls
 
-Who says what may be done. A device gives its `Route` only while its requests may take this way, and closes it then; before each turn it is
-looked at whether the route is still open. `FastFile` and `Route` have fields that their owners set at any time between two turns
-(`write_max`, `can_write`, ...), and they point to tables that their owners change in place: the bitmap of a clone, the hash table of a
-cache policy. All of these change in the thread of the event loop only, and a turn runs in that thread, too.
+Who says what may be done. A device gives its `Route` only while its requests may take this way. After that it closes the route, which takes
+no more requests. `FastFile` and `Route` have fields that their owners set at any time between two turns (`write_max`, `can_write`, ...), and
+they point to tables that their owners change in place: the bitmap of a clone, the hash table of a cache policy. All of these change in the
+thread of the event loop only. A turn runs in that thread, too, or in another one while that one stands still (`stays.pxi`).
 
 Memory safety. Every number that comes from a client or from a table is compared with the length of what it points into, before it is used.
 """

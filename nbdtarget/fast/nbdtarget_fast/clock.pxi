@@ -27,9 +27,11 @@ cdef Rate skewed_rate
 
 
 def choose_clock(clocksource=CLOCKSOURCE):
-    """Take the time from the processor's counter from now on, if the kernel does; it may change its mind. See `nbdtarget_clock.h`.
+    """From now on take the time from the processor's counter, if the kernel does so now. See `nbdtarget_clock.h`.
 
-    Args: clocksource: the file that tells.
+    The kernel may cease to trust the counter at any time. So this is called for each new connection.
+
+    Args: clocksource: the file in which the kernel says where it takes the time from.
     Returns: whether it is the counter.
     """
     global is_rate_found
@@ -39,7 +41,7 @@ def choose_clock(clocksource=CLOCKSOURCE):
             with open(clocksource) as file:
                 name = file.read().strip()
         except OSError:
-            pass  # in some containers: then it is the clock
+            pass  # some containers do not have it: then the clock is used
     if name == "tsc" and not is_rate_found:
         is_rate_found = rate_of(imported, moment_now(), &found_rate)
     use_rate(&found_rate if name == "tsc" and is_rate_found else NULL)

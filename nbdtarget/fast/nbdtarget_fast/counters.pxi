@@ -36,9 +36,10 @@ cdef extern from "nbdtarget_counting.h" nogil:
 
 BOUNDS_NS = tuple(bounds_ns[nr] for nr in range(NR_BOUNDS))
 
-cdef Sampling sampling  # of all connections
+cdef Sampling sampling  # decides which batches of all connections are timed
 
-cdef int64_t nr_batches = 0  # that all Planes have received; the loop's thread counts, or the thread of a Syncer while that one stands still
+# How many batches all Planes have received. The loop's thread counts them, or the thread of a Syncer while the loop stands still.
+cdef int64_t nr_batches = 0
 
 
 def batches_received():
@@ -47,8 +48,8 @@ def batches_received():
 
 
 def chosen_batches(ends_ns):
-    """For tests: which batches of a process are timed because it is their turn, if they end at these moments. At the first of them all
-    that could be saved up is used up."""
+    """For tests: return for each of these moments whether a batch that ends then is timed. When the first one ends, no timings are saved
+    up (NBDTARGET_EXACT_MAX)."""
     cdef Sampling found
     cdef bint is_next
     memset(&found, 0, sizeof(found))

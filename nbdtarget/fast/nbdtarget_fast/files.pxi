@@ -4,24 +4,29 @@
 This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
 
 Theory of operation. A device has one `FastFile` for each file that it has opened. What the code without the interpreter needs is in its
-`File`, a struct of C. None of the functions here waits for a READ of the disk, but for `read_whole`. They tell the caller if the page cache cannot answer.
-What they find out about the file that only its device can judge stays in the `File` until the end of the turn, and the device is told then
-(`take_turn`): a WRITE was slow, an error of writing back, a sync that has not ended in time.
+`File`, a struct of C.
+
+A READ here does not wait for the disk: RWF_NOWAIT is in `read_flags`, except where files are in memory anyway. Instead, the caller learns that
+the page cache cannot answer. Only `read_whole` waits.
+
+Three things are for the device to judge: a WRITE that was slow, an error of writing back, and a sync that has not ended in time. They are
+noted in the `File`, and the device is told of them at the end of the turn (`take_turn`).
 """
 
 cdef enum:
-    WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`
-    # Beginning to write back may take long, where the kernel throttles. Each time that it does, twice as many WRITEs go without.
+    WRITE_PIECE = 65536  # one pwrite takes so many bytes at most; see `nbdtarget.devices.file.pieces`
+    # To tell the kernel to begin to write back may itself take long, when the kernel throttles. Each time that it takes longer than this, it is left
+    # out for twice as many of the next WRITEs, up to KICK_SKIP_MAX.
     KICK_SLOW_NS = 250000
     KICK_SKIP_MAX = 1024
-    SLOW_WRITE_NS = 250000  # the time of a WRITE that takes longer is counted in any case
+    SLOW_WRITE_NS = 250000  # a batch with a WRITE that takes longer is always timed (`time_anyway`)
 
 WRITE_PIECE_BYTES = WRITE_PIECE  # for the test that it is the same as in Python
 
 cdef enum Found:
-    FOUND
-    MISSED
-    REFUSED
+    FOUND  # all of it was there
+    MISSED  # the page cache has not all of it; the ring may read it
+    REFUSED  # Python must carry it out
 
 cdef struct File:
     int fd
@@ -30,26 +35,26 @@ cdef struct File:
     uint64_t read_max
     uint64_t write_max
     int64_t slow_ns
-    bint was_slow
+    bint was_slow  # a WRITE took longer than `slow_ns`, and the device does not know yet
     Uring *uring  # NULL: what the page cache does not have is for Python
     uint64_t ring_max
     uint64_t align_mask  # of what the ring reads
     Mapping mapping  # where long READs are sent from
-    int64_t nr_reads  # that were begun in this turn, and not yet told of
-    unsigned wait_skip  # so many READs are not waited for
-    unsigned wait_penalty
+    int64_t nr_reads  # in the ring, begun in this turn; the device does not know of them yet
+    unsigned wait_skip  # so many of the next READs are not waited for (`should_wait`)
+    unsigned wait_penalty  # what `wait_skip` was set to last
     uint32_t fake_misses  # for tests
-    uint32_t fake_state
+    uint32_t fake_state  # a random number
     int fake_error  # for tests
     int64_t fake_send_ns  # for tests
     sync_job *job  # NULL: syncs are Python's
-    bint is_left  # a sync has begun, and is Python's to end
-    bint kicks
-    int kick_error
+    bint is_left  # a sync has begun, and Python has to take its end
+    bint kicks  # the kernel is told to begin to write back
+    int kick_error  # what it answered, while the device does not know of it; 0: no error
     int64_t sync_wait_ns
     uint64_t nr_synced
-    unsigned kick_skip  # so many WRITEs are not kicked
-    unsigned kick_penalty
+    unsigned kick_skip  # for so many of the next WRITEs it is not told
+    unsigned kick_penalty  # what `kick_skip` was set to last
 
 
 cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexcept nogil:
@@ -57,7 +62,7 @@ cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexce
 
 
 cdef inline bint read_end(File *file, uint8_t *into, uint64_t at, uint64_t length) noexcept nogil:
-    """Read this last part of a READ; whether it was all there at once. The file may be shorter than it was."""
+    """Read the last bytes of a READ. Returns whether the page cache had all of them; it has not, if the file has become shorter."""
     cdef iovec place
     place.iov_base = into
     place.iov_len = length
@@ -102,7 +107,7 @@ cdef inline Found file_read(File *file, uint8_t *into, uint64_t offset, uint64_t
 
 
 cdef bint is_fake_miss(File *file) noexcept nogil:
-    """For tests: so many of 2^32 reads are taken for misses."""
+    """For tests: whether this READ is taken for a miss; `fake_misses` of 2^32 are."""
     file.fake_state = file.fake_state * 1664525 + 1013904223
     return file.fake_state < file.fake_misses
 
@@ -118,7 +123,7 @@ cdef inline bint file_takes(const File *file, uint64_t offset, uint64_t length) 
 cdef inline uint64_t file_write(
     File *file, const uint8_t *data, uint64_t offset, uint64_t length, int *error, int64_t *slow_since
 ) noexcept nogil:
-    """Return how much the page cache took; if that is not all, `error` may say why. If it took long, `slow_since` says since when."""
+    """Return how much the page cache took; if that is not all, `error` may say why. If it took long, `slow_since` is set to when it began."""
     cdef uint64_t put = 0
     cdef uint64_t step
     cdef ssize_t taken
@@ -141,14 +146,14 @@ cdef inline uint64_t file_write(
     if taken_ns > min(file.slow_ns, SLOW_WRITE_NS):
         slow_since[0] = began
     if taken_ns > file.slow_ns:
-        # The next write is the device's to decide about.
+        # No more WRITEs here, until the device has decided (`FastFile.was_slow`).
         file.was_slow = True
         file.write_max = 0
     return put
 
 
 cdef int64_t kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
-    """Have the kernel begin to write back what a sync is about to wait for. Returns since when, if that took too long; 0: it did not."""
+    """Tell the kernel to begin to write these bytes back, which a sync will wait for soon. Returns when the call began, if it took long; otherwise 0."""
     cdef int64_t began
     cdef int error
     if file.kick_skip:
@@ -157,7 +162,7 @@ cdef int64_t kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
     began = now_ns()
     error = errno if sync_file_range(file.fd, <off_t>at, <off_t>length, SYNC_FILE_RANGE_WRITE) else 0
     if error:
-        # Perhaps it is told only here: Python decides what that means.
+        # The kernel may report an error of writing back once only, and this was it. Python decides what that means.
         file.kick_error = error
         file.kick_skip = <unsigned>-1
     elif now_ns() - began > KICK_SLOW_NS:
@@ -170,7 +175,7 @@ cdef int64_t kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
 def write_pieces(int fd, payload, Py_ssize_t put, uint64_t offset, Py_ssize_t piece):
     """Write what is left of `payload`, of which `put` bytes are written, in calls of at most `piece` bytes.
 
-    A worker's: Python's lock is given back once for all of them, and not for each.
+    For worker threads: the interpreter's lock is released once for all these calls, and not for each.
 
     Args: offset: of the whole payload in the file.
     Returns: how much of it is written, and the errno if that is not all: 0 if the file took nothing.
@@ -206,33 +211,34 @@ cdef class FastFile:
     The device keeps the fields up to date, and closes the file only when no `Route` leads here.
 
     Args:
-        fd: stays the device's.
-        slow_ns: a WRITE that takes longer is the last one until `was_slow` has been called.
-        was_slow: the device's: it decides whether `write_max` stays 0.
-        was_unfinished: the device's: a WRITE that it gets soon has been begun here. Takes the offset and length, the bytes that the page
-            cache took, the errno, 0: none, and how many other WRITEs the device gets before it.
-        note_reads: the device's: so many reads more are in the ring now; fewer, if it is negative. While
+        fd: belongs to the device, which closes it.
+        slow_ns: a WRITE that takes longer is the last one here until `was_slow` has been called.
+        was_slow: is called after such a WRITE. `write_max` is 0 then, and the device decides whether it stays so.
+        was_unfinished: is called when the page cache took only a part of a WRITE, or nothing. The device gets the same WRITE soon. Takes its offset
+            and length, the bytes that the page cache took, the errno (0: none), and how many other WRITEs the device gets before it.
+        note_reads: is called with how many READs more are in the ring now; a negative number says how many fewer. While
             there are some, the device keeps the file open.
-        sync_left: the device's: the Syncer has begun a sync here, and it has failed, or takes long. Its end is the device's to take.
-        kick_failed: the device's: the kernel could not begin to write back, for the reason of this errno. None: that is left to the syncs.
-        read_failed: the device's: a READ has failed here, for the reason of this errno, when a part of its reply had left.
+        sync_left: is called when a sync was begun here, and has failed or takes long. The device has to take its end from the Syncer.
+        kick_failed: is called with the errno when the kernel could not begin to write back. None: it is told to begin by syncs only.
+        read_failed: is called with the errno when a READ has failed here after a part of its reply had been sent.
 
     Attributes:
-        windows: where long READs are sent from; None: all are copied. Whoever takes them away, or closes the file, calls `Windows.drop`.
+        windows: the mappings that long READs are sent from; None: all READs are copied. Before they are taken away, or the file is closed,
+            `Windows.drop` has to be called.
         owner: the number of the file in `windows`.
         ring: where READs go that the page cache cannot answer; None: to Python.
-        ring_max: up to which length they do.
-        align: what their offsets and lengths are multiples of; a power of two.
+        ring_max: up to which length they go there.
+        align: only READs go there whose offset and length are multiples of this power of two.
         fake_misses: for tests: so many of 2^32 READs are taken for misses.
         fake_error: for tests: the errno of reading what is left of a READ from a window; 0: it succeeds.
         fake_send_ns: for tests: how long a send from windows is said to have taken; 0: it is measured.
         size: bytes.
-        read_max: up to which length READs are tried, 0: not at all.
+        read_max: up to which length READs are tried in the page cache; 0: none are.
         read_flags: of preadv2.
-        write_max: up to which length WRITEs are done here, 0: not at all.
-        syncer: syncs the file, while it is idle and the device says that it may be used here; or None.
-        sync_wait_ns: how long the loop waits for its end.
-        nr_synced: how often it has succeeded here.
+        write_max: up to which length WRITEs are carried out here; 0: none are.
+        syncer: syncs the file. The device lends it while it is idle and may be used here; otherwise None.
+        sync_wait_ns: how long the loop waits for the end of a sync.
+        nr_synced: how many syncs have succeeded here.
     """
 
     cdef File file

@@ -10,8 +10,8 @@ A WRITE of another client at the same time may show in a part of the reply, as i
 """
 
 cdef enum:
-    PLACES_MAX = 80  # of one reply in windows: its pieces, and where one of them leaves a window
-    ZERO_LOOK = 4096  # so much of the end of a READ tells in most cases that it is no hole
+    PLACES_MAX = 80  # parts of one message: the replies before it, and a part for each window that a piece of the READ lies in
+    ZERO_LOOK = 4096  # so many bytes at the end of a READ are searched: in most cases they show that it is no hole
 
 cdef enum Mapped:
     # What became of a READ that was to be sent from a mapping.
@@ -61,7 +61,7 @@ cdef Mapped send_mapped(
         nr_places = map_place(&file.mapping, file.fd, pieces[nr].at, pieces[nr].length, places, nr_places, PLACES_MAX)
         if nr_places < 0:
             return MAPPED_NOT
-    time_anyway(&plane.counter, 0)  # a page that has gone meanwhile is read from the disk while it is sent
+    time_anyway(&plane.counter, 0)  # a page that has left the page cache meanwhile is read from the disk while it is sent
     pack_head(plane, reply, request, length)
     began = now_ns()
     sent = send_iovec(plane, places, nr_places)
@@ -106,7 +106,7 @@ cdef Mapped read_unsent(
             plane.error = read_whole(pieces[nr].file, into + skip, pieces[nr].at + skip, pieces[nr].length - skip)
             skip = 0
             if plane.error and sent <= before:
-                # Nothing of it has left: Python reads it again, and meets the reason.
+                # Nothing of this reply has left: Python reads it again, and finds out why it failed.
                 plane.base += sent
                 if plane.base == plane.out:
                     all_sent(plane, plane.out)

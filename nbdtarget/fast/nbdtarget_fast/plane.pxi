@@ -29,10 +29,10 @@ FAILED = STOP_FAILED  # the socket has failed, with `error`
 POLLED = STOP_POLLED  # as DONE; the socket was looked at for some time, and nothing came
 
 cdef enum:
-    SYNCS_MAX = 256  # requests whose replies wait for one FLUSH of the device
+    SYNCS_MAX = 256  # so many requests of one turn may wait for a FLUSH of the device
 
 cdef enum:
-    # What of a client that is alone may be synced for without Python: nothing, its WRITEs with FUA, or its FLUSHes, too.
+    # For which requests of a client that is alone a sync may be made within the turn: for none, for its WRITEs with FUA, or for its FLUSHes, too.
     LONE_NOTHING
     LONE_FUA
     LONE_ALL
@@ -49,16 +49,16 @@ cdef class Plane:
         extended: whether requests have extended headers, and replies, too.
         size: of the export.
         can_write: whether the client was told that it may write.
-        flush_for: takes the answer of `take_syncs`, if there is one, after each turn. None: the client was not told that it may send FLUSH,
-            and FUA with a WRITE.
-        zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
+        flush_for: is called after a turn with what `take_syncs` returns, if any requests wait for a FLUSH. None: the client was not told that it
+            may send FLUSH, and FUA with a WRITE.
+        zero_min: if a READ of at least this length finds only zeroes, it is answered with a hole.
         length_max: a longer READ or WRITE is left to Python.
         turn_ns: how long a turn lasts at most.
         flush_at: replies are sent when so many bytes of them are there.
         poison: for tests: overwrite what has been served and sent.
         ring_reads: what the connection has to do with reads in the ring, see `nbdtarget.server.ring_reads`; None: there
             are none.
-        alone_max: up to which length a READ that is alone may begin whatever the bounds are, and is waited for.
+        alone_max: a READ that is alone and no longer than this may begin without regard to the bounds, and may be waited for.
 
     Attributes:
         begin, end, base, out: see `turns.pxi`.
@@ -66,12 +66,12 @@ cdef class Plane:
         put: of UNFINISHED: bytes that the file took.
         is_cut: of FAILED: a part of a reply has left, and the rest of its data could not be read, for the reason of `error`.
         was_batch: more than one request came at once.
-        was_late: the processor was given away for a look, and came back late; that ends the polling of this turn.
+        was_late: between two looks at the socket, something else kept the processor for very long; that ends the polling of this turn.
         nr_hits: how many times polling has found something.
         nr_syncs: requests that are done but for a FLUSH of the device; see `take_syncs`.
-        loop_fd: is readable when the loop has something to do; -1: nothing tells that.
-        stay_ns: so long a client may stay with the thread that syncs.
-        stay_idle_ns: so long the thread waits for its next request meanwhile.
+        loop_fd: a descriptor that is readable when the loop has something to do; -1: there is none.
+        stay_ns: so long a client may stay with the thread that syncs (`stays.pxi`).
+        stay_idle_ns: so long the thread waits for the client's next request meanwhile.
     """
 
     cdef int sock
@@ -101,16 +101,16 @@ cdef class Plane:
     cdef readonly uint64_t put
     cdef uint64_t put_at  # in the file
     cdef uint64_t put_length
-    cdef int nr_put_before  # pieces of the same WRITE
+    cdef int nr_put_before  # so many pieces of the same WRITE were written before
     cdef readonly bint is_cut
     cdef File *cut_file
     cdef bint is_stuck  # the socket has not taken all that it was given
-    cdef bint has_mapped  # in this turn
+    cdef bint has_mapped  # in this turn windows were looked up, and perhaps mapped
     cdef readonly bint was_batch
     cdef readonly bint was_late
-    cdef int64_t late_ns
+    cdef int64_t late_ns  # see `was_late`
     cdef readonly unsigned nr_hits
-    cdef unsigned nr_sync_hits
+    cdef unsigned nr_sync_hits  # as `nr_hits`, when a durable request was expected
     cdef object flush_for
     cdef readonly int nr_syncs
     cdef public int loop_fd
@@ -123,27 +123,28 @@ cdef class Plane:
     cdef Stop stay_stop  # why it did not stay longer
     cdef int64_t stay_end
     cdef unsigned stay_rest  # so many syncs more it does not stay
-    cdef bint stay_polls
-    cdef unsigned spin_skip  # so many requests are waited for asleep
-    cdef unsigned spin_penalty
+    cdef bint stay_polls  # the thread may look at the socket again and again, before it sleeps
+    cdef unsigned spin_skip  # it sleeps at once for so many of the next requests
+    cdef unsigned spin_penalty  # what `spin_skip` was set to last
+    # What is known of the client's durable requests.
     cdef unsigned sync_credit  # so many turns more a durable request is expected
-    cdef unsigned nr_pairs  # times that a FLUSH has followed few WRITEs
-    cdef unsigned nr_unsynced  # WRITEs to which no FLUSH was counted yet
-    cdef uint64_t unsynced_at  # of the last of them
-    cdef uint64_t unsynced_length
-    cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
+    cdef unsigned nr_pairs  # how many FLUSHes have followed few WRITEs, up to SYNC_PAIRS
+    cdef unsigned nr_unsynced  # WRITEs that no FLUSH has followed yet
+    cdef uint64_t unsynced_at  # where in its file the last of them lies
+    cdef uint64_t unsynced_length  # 0: nothing of it is left to write back early
+    cdef int64_t turn_end  # when the turn has lasted long enough; 0: the clock was not looked at yet
     # Reads in the ring.
     cdef object ring_reads
     cdef Reader reader
-    cdef Uring *uring  # that has them
-    cdef Read *begun  # in this turn: a list, the last one first
+    cdef Uring *uring  # the ring that has them
+    cdef Read *begun  # those that were begun in this turn: a list, the last one first
     cdef int64_t nr_begun
     cdef int64_t nr_in_ring  # that were begun in earlier turns
-    cdef int64_t nr_left  # so many more may begin in this turn, -1: that is not known yet
-    cdef int64_t bytes_left
+    cdef int64_t nr_left  # so many more requests may be in flight after this turn; -1: that is not known yet
+    cdef int64_t bytes_left  # and so many bytes of READs
     cdef bint is_alone  # the READ that has begun is alone: no connection has anything else in flight
-    cdef bint waits  # for a READ that is alone; set by the Receiver
-    cdef bint may_wait  # in this turn
+    cdef bint waits  # a READ that is alone may be waited for; set by the Receiver
+    cdef bint may_wait  # the same, as far as this turn knows
     cdef uint64_t alone_max  # up to which length a READ that is alone is always in bounds
     cdef Counter counter  # of READs, WRITEs, and FLUSHes that needed no Python
 
@@ -216,9 +217,9 @@ cdef class Plane:
         )
 
     def leave_untimed(self, uint32_t nr, usual_ns=None):
-        """For tests: it is not the turn of the next `nr` batches of this process to be timed.
+        """For tests: the next `nr` batches of this process are not timed.
 
-        Args: usual_ns: so long has the last one of this connection taken that stands for others.
+        Args: usual_ns: so long the last timed batch of this connection has taken, whose time counts for those that are not timed.
         """
         cdef int op
         sampling.nr_untimed, sampling.nr_exact, sampling.since_ns = nr, 0, now_ns()
@@ -231,7 +232,7 @@ cdef class Plane:
     def take_syncs(self):
         """Return the cookies of the WRITEs with FUA that have been written, and those of the FLUSHes.
 
-        They are the caller's to answer, after a FLUSH of the device that begins now.
+        The caller has to answer them, after a FLUSH of the device that begins now.
         """
         cdef list writes = [], flushes = []
         cdef int nr
@@ -246,9 +247,9 @@ cdef class Plane:
 
         Args:
             poll_ns: after an answer, how long to look at the socket for the next request; 0: not at all.
-            goes_on: the loop had no turn since the last call.
+            goes_on: the event loop has done nothing else since the last call: the turn goes on, and so does its time.
             begin, end, base, out: see `turns.pxi`.
-            lone: for tests: the client is alone: LONE_FUA, LONE_ALL.
+            lone: for tests: LONE_FUA or LONE_ALL: the client is alone.
         """
         self.begin, self.end, self.base, self.out = begin, end, base, out
         self.waits = False
@@ -274,7 +275,7 @@ cdef class Plane:
             if not self.has_buffers or read.sent == reply_length(read):
                 nr_bytes += read.length
             elif read.result != <int>read.length:
-                # Python reads it again, and meets the reason.
+                # Python reads it again, and finds out why it failed.
                 nr_bytes += read.length
                 again.append((read.head[8:16], read.offset, read.length))
             else:

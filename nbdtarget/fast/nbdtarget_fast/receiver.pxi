@@ -15,24 +15,24 @@ cdef class Receiver:
 
     Args:
         plane: of the connection.
-        maybe_route: of the device.
-        is_plain: whether the next requests may be served here.
+        maybe_route: returns the route of the device, or None.
+        is_plain: returns whether the next requests may be served here.
         received, output: where the four places of the two buffers are; see `nbdtarget.server.fast_turn`.
-        polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
-        may_poll: whether nothing is in flight that polling would hold up.
-        has_no_losses: whether a FLUSH has nothing to tell but its own end.
-        find_loop_fd: returns the `loop_fd` of the plane, while the loop watches its socket. Called once, if at all.
+        polling: its `last` is the Receiver that was called last, of all connections. Only a connection that is called again and again polls.
+        may_poll: returns whether nothing is in flight that polling would hold up.
+        has_no_losses: returns whether no earlier loss of data makes a FLUSH fail.
+        find_loop_fd: returns what becomes the `loop_fd` of the plane, while the loop watches its socket. It is called once, if at all.
         poll_ns: after an answer, how long to look at the socket for the next request.
         poll_streak, poll_skip_max, poll_rest, late: see `nbdtarget.server.poller`.
-        readable: what the loop would call instead; for everything that is not plain.
-        stopped: goes on from what `Plane.turn` returned, if that is not DONE or POLLED.
-        ended: a turn is over, and Python has run before it.
-        failed: takes an exception of the others.
+        readable: is called for everything that is not plain; without a Receiver the loop would call it.
+        stopped: is called with the reason why a turn has ended, if that is not DONE or POLLED, and goes on from there.
+        ended: is called after a turn that has served everything, if Python had run before it.
+        failed: is called with an exception that another one of these has raised.
     """
 
     cdef Plane plane
     cdef Route route
-    cdef bint is_sure  # Python has not run since the last turn
+    cdef bint is_sure  # Python has not run since the last turn, so the next requests may be served here
     cdef object maybe_route
     cdef object is_plain
     cdef object received
@@ -40,7 +40,7 @@ cdef class Receiver:
     cdef object polling
     cdef object may_poll
     cdef object has_no_losses
-    cdef object find_loop_fd  # None: it was called
+    cdef object find_loop_fd  # None: it has been called
     cdef int64_t poll_ns
     cdef unsigned poll_streak
     cdef unsigned poll_skip_max
@@ -108,7 +108,7 @@ cdef class Receiver:
         return 0
 
     cdef int _verify(self) except -1:
-        """For tests: what is thought to be sure is so."""
+        """For tests: verify what `is_sure` says."""
         cdef Plane plane = self.plane
         if not self.is_plain() or self.route is not self.maybe_route():
             raise AssertionError("Python has run, and has not said so")
@@ -131,7 +131,7 @@ cdef class Receiver:
         return self.streak >= self.poll_streak and self.poll_ns > 0 and self.may_poll()
 
     cdef int _lone_sync(self) except -1:
-        """What may be synced for in this turn without Python, as far as this connection knows."""
+        """For which requests a sync may be made within this turn, as far as this connection knows."""
         self.plane.sync_credit -= 1
         if self.streak < self.poll_streak or not self.may_poll():
             return LONE_NOTHING
@@ -154,7 +154,7 @@ cdef class Receiver:
         stop = take_turn(plane, self.route, poll_ns, False, self._lone_sync() if plane.sync_credit else LONE_NOTHING)
         if self.plane is None:
             return False  # a callback has closed the connection
-        # What has not changed need not be said.
+        # Python is told only of what has changed.
         if plane.begin != begin or plane.end != end:
             self.received.served(plane.begin, plane.end)
         if plane.base != base or plane.out != out:
@@ -164,8 +164,8 @@ cdef class Receiver:
             if self.plane is None:
                 return False
         if plane.nr_hits or plane.nr_sync_hits:
-            # A client that waits for the disk each time leaves the processor alone for most of the time.
             self.penalty = 0
+            # Hits before durable requests ask for no rest: while such a client waits for the disk, the processor is free.
             self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
         if plane.was_late:
             self.skip += <unsigned>self.late.note_late()

@@ -47,11 +47,12 @@ cdef inline void pack_done(Plane plane, uint8_t *reply, const uint8_t *request) 
 
 
 cdef inline bint is_zero(const uint8_t *data, size_t length) noexcept nogil:
+    """Whether all these bytes are zero; there is at least one."""
     return not data[0] and not memcmp(data, data + 1, length - 1)
 
 
 cdef Py_ssize_t turn_into_hole(uint8_t *reply, uint32_t length) noexcept nogil:
-    """Make the header of an OFFSET_HOLE chunk of the one of an OFFSET_DATA chunk. Returns how long it is."""
+    """Turn the header of an OFFSET_DATA chunk into a whole OFFSET_HOLE chunk. Returns how long that is."""
     cdef uint32_t number = htobe32(length)
     cdef uint32_t payload = htobe32(12)
     if memcmp(reply, EXTENDED_DATA_HEAD, 8) == 0:

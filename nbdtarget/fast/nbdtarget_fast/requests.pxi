@@ -7,13 +7,12 @@ This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
 """
 
 cdef enum:
-    # Between two looks at the clock. Each request counts as so many bytes more than it has.
-    LOOK_BYTES = 262144
-    REQUEST_WEIGHT = 4096
+    LOOK_BYTES = 262144  # after so many bytes of requests `serve` looks at the clock
+    REQUEST_WEIGHT = 4096  # each request counts as so many bytes more than it has
 
 
 cdef Stop serve(Plane plane, Way *way) noexcept nogil:
-    """Serve what is received. DONE: all of it, but for the beginning of one more request."""
+    """Serve what is received. STOP_DONE: all of it, except the beginning of one more request."""
     cdef uint8_t *received = <uint8_t *>plane.received.buf
     cdef uint8_t *arena = <uint8_t *>plane.arena.buf
     cdef uint8_t *at
@@ -41,7 +40,7 @@ cdef Stop serve(Plane plane, Way *way) noexcept nogil:
         if plane.extended and command == COMMAND_WRITE:
             flags &= be16toh(0xFFFF ^ FLAG_PAYLOAD_LEN)
         if command == COMMAND_FLUSH and plane.flush_for is not None and not flags and not offset and not length:
-            # Those of a batch share one FLUSH of the device, after all WRITEs of the batch.
+            # All FLUSHes of a batch share one FLUSH of the device, after all WRITEs of the batch.
             if memcmp(at, plane.request_head, 4) != 0 or not has_room_for_sync(plane):
                 return STOP_SLOW
             note_sync(plane, at, True)
@@ -60,7 +59,7 @@ cdef Stop serve(Plane plane, Way *way) noexcept nogil:
             if not plane.can_write:
                 return STOP_SLOW
             if plane.end - plane.begin - request_bytes < <int64_t>length:
-                # Its payload is on its way. What does not fit gets memory of its own.
+                # The rest of its payload is on its way. What does not fit here is received by Python, into memory of its own.
                 if request_bytes + <int64_t>length > plane.received.len:
                     return STOP_SLOW
                 make_room_for(plane, request_bytes + <Py_ssize_t>length)
@@ -83,7 +82,7 @@ cdef Stop serve(Plane plane, Way *way) noexcept nogil:
                 if file == NULL:
                     plane.unsynced_length = 0
                 elif plane.lone_sync and plane.end - plane.begin == request_bytes + <Py_ssize_t>length:
-                    # If it is synced for at once, the sync begins the writing back.
+                    # Perhaps a sync follows at once, and that begins to write it back.
                     plane.unsynced_at, plane.unsynced_length = file_at, length
                 else:
                     kick_write(plane, file, file_at, length)
@@ -150,7 +149,7 @@ cdef Stop serve(Plane plane, Way *way) noexcept nogil:
 
 
 cdef inline uint32_t length_of(Plane plane, const uint8_t *request) noexcept nogil:
-    """The length of a request; UINT32_MAX if it needs more than 32 bits, which no READ and no WRITE of ours does."""
+    """The length of a request; UINT32_MAX if it does not fit into 32 bits; no such request is plain."""
     cdef uint32_t length, high
     if plane.extended:
         memcpy(&high, request + 24, 4)
@@ -165,7 +164,7 @@ cdef inline uint32_t length_of(Plane plane, const uint8_t *request) noexcept nog
 cdef inline bint is_durable_write(Plane plane, const Way *way, uint16_t flags, uint16_t command) noexcept nogil:
     """Whether it is a WRITE with FUA that may be carried out as a WRITE, and a FLUSH of the device.
 
-    A cache has several devices, and a FLUSH of it costs more.
+    In a cache none is: it has several devices, and a FLUSH of it costs more than a WRITE with FUA.
     """
     return (
         command == COMMAND_WRITE and be16toh(flags) == FLAG_FUA and plane.flush_for is not None
@@ -176,7 +175,7 @@ cdef inline bint is_durable_write(Plane plane, const Way *way, uint16_t flags, u
 cdef inline bint write_data(
     Plane plane, File *file, const uint8_t *data, uint64_t at, uint64_t length, int nr_before
 ) noexcept nogil:
-    """Returns whether the page cache took all of it; if not, what it took is noted for UNFINISHED."""
+    """Write this into the page cache. Returns whether it took all; if not, what it took is noted for UNFINISHED."""
     cdef int64_t slow_since = 0
     cdef uint64_t put = file_write(file, data, at, length, &plane.error, &slow_since)
     if slow_since:
@@ -195,7 +194,7 @@ cdef Stop write_in_pieces(Plane plane, Way *way, const uint8_t *data, uint64_t o
     if not nr_pieces:
         return STOP_SLOW
     for nr in range(nr_pieces):
-        # All of them are in the file that `was_unfinished` is told of.
+        # A WRITE that ends in the midst of them is told to `was_unfinished` of this file, so all of them must be there.
         if pieces[nr].file != way.file or length > way.file.write_max:
             return STOP_SLOW
         if not file_takes(way.file, pieces[nr].at, pieces[nr].length):

@@ -12,21 +12,19 @@ runs. So before any Python code runs, all who must wait for it have been told of
     its file                        `FastFile.note_reads`: the descriptor stays open
     its connection                  `Plane.ring_reads`: it counts against all bounds, and the connection is not released
 
-Therefore the route may be closed meanwhile. A READ that fails or comes short is read again by Python, which meets the reason.
+So nothing goes wrong if the route is closed meanwhile. A READ that fails or comes short is read again by Python, which finds out why.
 
 *A READ that is alone.* A client that sends one READ at a time would wait for two wake-ups: when the disk has answered, and when its next
 request has come. Both cost more than the READ of a fast disk. So while a connection is the only one that has something to do, and
-sends one request at a time, its READ is waited for within the turn, up to WAIT_NS (`wait_for_read`). That delays the other work of the loop as polling does,
-and no longer than a turn lasts (`turn_ns`), but the processor is free meanwhile. For a slow disk this is soon done no more: each wait that
+sends one request at a time, its READ is waited for within the turn, up to WAIT_NS (`wait_for_read`). That holds up the loop as polling does,
+and no longer than a turn lasts (`turn_ns`), but the processor is free meanwhile. Where the disk is slow, this soon stops: each wait that
 is in vain doubles the number of READs that are not waited for.
 """
 
 cdef enum:
-    # A READ that is alone, and misses the page cache, is waited for. This does not pay off for a slow disk: each time that
-    # it does not, twice as many READs are not waited for.
-    WAIT_NS = 250000
-    WAIT_SKIP_MAX = 64
-    GATHER_PIECES = 128  # of one sendmsg: two for each reply
+    WAIT_NS = 250000  # so long a READ that is alone is waited for
+    WAIT_SKIP_MAX = 64  # each time that this was in vain, it is left out for twice as many of the next READs, up to so many
+    GATHER_PIECES = 128  # parts of one message: two for each reply
 
 
 cdef bint begin_ring_read(
@@ -92,7 +90,7 @@ cdef void wait_for_read(Plane plane) noexcept nogil:
         return
     file.wait_penalty = 0
     if read.result != <int>read.length:
-        return  # `turn` sees to it
+        return  # it has failed, and `take_turn` sees to that
     take_ended(plane.uring, &plane.reader)
     plane.begun = NULL
     plane.nr_begun = 0
@@ -136,7 +134,7 @@ cdef note_begun(Plane plane, Route route):
     cdef int64_t nr_bytes = 0
     plane.begun = NULL
     plane.nr_begun = 0
-    # Whoever is asked to wait is still there when it ends.
+    # The plane and the route must still be there when the reads end.
     if not plane.nr_in_ring:
         Py_INCREF(plane)
     plane.nr_in_ring += nr
@@ -167,7 +165,7 @@ cdef BaseException note_ended(Plane plane, Read *read):
     cdef int64_t nr
     cdef BaseException error = None
     while read != NULL:
-        # Those that follow each other have mostly gone the same way.
+        # Reads that follow each other have mostly gone the same way: tell of such a row at once.
         route = <Route>read.route
         file = <File *>read.file
         nr = 0
@@ -224,7 +222,7 @@ cdef void send_reads(Plane plane, Read *read) noexcept nogil:
         sent = send_iovec(plane, pieces, nr_pieces)
         while sent < 0 and errno == EINTR:
             sent = send_iovec(plane, pieces, nr_pieces)
-        # After an error, too, the replies go into the queue: sending from there meets it again.
+        # After an error, too, the replies go into Python's queue: when they are sent from there, the same error comes up.
         while first != read:
             if first.result == <int>first.length:
                 left = reply_length(first)
@@ -237,7 +235,7 @@ cdef void send_reads(Plane plane, Read *read) noexcept nogil:
 
 
 cdef void pack_waited(uint8_t *reply, Read *read, uint64_t zero_min, Py_ssize_t *out) noexcept nogil:
-    """Pack the reply to a READ that has ended."""
+    """Pack the reply to a READ that was waited for and has ended."""
     if read.length >= zero_min and is_zero(read.data, read.length):
         read.head_length = turn_into_hole(read.head, read.length)
         read.is_hole = True
@@ -248,10 +246,12 @@ cdef void pack_waited(uint8_t *reply, Read *read, uint64_t zero_min, Py_ssize_t 
 
 
 cdef inline size_t reply_length(const Read *read) noexcept nogil:
+    """How long the whole reply to a READ is."""
     return read.head_length if read.is_hole else read.head_length + read.length
 
 
 cdef bytes unsent_part(const Read *read):
+    """Return what the socket has not taken of the reply to a READ."""
     cdef bytes head = read.head[:read.head_length]
     if read.is_hole:
         return head[read.sent:]

@@ -15,9 +15,9 @@ several regions or blocks is cut into `Piece`s.
 """
 
 cdef enum:
-    LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
-    NOTED_MAX = 64  # first hits of one turn
-    MIXED_MAX = 64  # regions or blocks of one request that are looked at one by one
+    LOCKED_MAX = 64  # while more blocks are locked, no request takes this way
+    NOTED_MAX = 64  # first hits that can be noted in one turn
+    MIXED_MAX = 64  # a request that touches more regions or blocks is for Python
     KIND_FLAT = 0
     KIND_BITMAP = 1
     KIND_TABLE = 2
@@ -35,8 +35,8 @@ cdef struct Way:
     uint64_t begin  # the route is for the bytes [begin, size) of the device
     uint64_t size
     File *file
-    int64_t delta  # in a flat route, to the file's offsets
-    # A bitmap: set bits are in `file`, others in `other`.
+    int64_t delta  # in a flat route: to be added to an offset of the device
+    # A bitmap: regions whose bit is set lie in `file`, the others in `other`.
     const uint8_t *bits
     uint64_t nr_bits
     int shift
@@ -56,12 +56,12 @@ cdef struct Way:
     const uint8_t *discarded
     uint64_t nr_discard_bits
     int discard_shift
-    uint64_t locked[64]  # LOCKED_MAX
+    uint64_t locked[64]  # LOCKED_MAX: blocks that no request may touch
     int nr_locked
     bint notes_hits
-    uint64_t noted[64]  # NOTED_MAX
+    uint64_t noted[64]  # NOTED_MAX: blocks that were hit for the first time
     int nr_noted
-    # In this turn.
+    # Served in this turn.
     uint64_t nr_reads
     uint64_t nr_writes
 
@@ -133,9 +133,9 @@ cdef File *find_by_table(
 cdef inline File *find(
     Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
 ) noexcept nogil:
-    """Return the file that has these bytes, and where in `at`; NULL: ask Python.
+    """Return the file that has these bytes, and in `at` their place in it. NULL: Python must carry the request out.
 
-    The caller has seen to it that they lie in the device.
+    The caller has verified that they lie in the device.
     """
     if offset < way.begin:
         return NULL
@@ -162,7 +162,7 @@ cdef struct Piece:
 cdef int find_pieces(
     Way *way, uint64_t offset, uint64_t length, bint is_write, Piece *pieces
 ) noexcept nogil:
-    """Cut a request at the borders of regions or blocks: up to MIXED_MAX pieces, each of one of them. Returns how many there are; 0: ask Python."""
+    """Cut a request at the borders of regions or blocks: up to MIXED_MAX pieces, each of which lies in one of them. Returns how many there are; 0: it is for Python."""
     cdef uint64_t size = way.block_size if way.kind == KIND_TABLE else <uint64_t>1 << way.shift
     cdef uint64_t step
     cdef int nr = 0
@@ -183,7 +183,7 @@ cdef int find_pieces(
 
 
 cdef int join_pieces(Piece *pieces, int nr_pieces) noexcept nogil:
-    """Make one piece of those that follow each other in a file. Returns how many there are then."""
+    """Join pieces that follow each other in a file. Returns how many there are then."""
     cdef int nr, nr_joined = 0
     cdef Piece *last
     for nr in range(nr_pieces):
@@ -197,7 +197,7 @@ cdef int join_pieces(Piece *pieces, int nr_pieces) noexcept nogil:
 
 
 cdef Found read_pieces(const Piece *pieces, int nr_pieces, uint8_t *into, uint64_t length) noexcept nogil:
-    """Read what lies in several places. FOUND: all of it was there at once; otherwise ask Python."""
+    """Read what lies in several places. FOUND: all of it was there; otherwise the READ is for Python."""
     cdef int nr
     if not nr_pieces:
         return REFUSED
@@ -209,7 +209,7 @@ cdef Found read_pieces(const Piece *pieces, int nr_pieces, uint8_t *into, uint64
 
 
 cdef class _Memory:
-    """The memory of a buffer, and what keeps it."""
+    """The memory of a Python object, which stays where it is as long as this exists."""
 
     cdef Py_buffer view
     cdef bint is_held
@@ -290,7 +290,7 @@ cdef class Route:
         self.way.can_read_other = value
 
     cdef bint note_locked(self) except -1:
-        """Whether any request may take this way; if so, which blocks are locked is at hand."""
+        """Copy the numbers of the locked blocks to where `find_by_table` looks. Returns whether requests may take this way now."""
         cdef int64_t number
         self.way.nr_locked = 0
         if not self.locked:
@@ -323,13 +323,14 @@ cdef class Route:
         self.way.notes_hits = value is not None
 
     cdef tell_hits(self):
+        """Tell the policy of the blocks that were noted in this turn."""
         cdef int nr, nr_noted = self.way.nr_noted
         self.way.nr_noted = 0
         for nr in range(nr_noted):
             self._note_hit(self.way.noted[nr])
 
     cdef tell_windows(self):
-        """Windows were used: those that were mapped just now are to be swept some day."""
+        """If windows were mapped in this turn, say so: somebody has to plan a sweep of them."""
         cdef FastFile file
         for file in (self.file, self.other):
             if file is not None and file._windows is not None and file._windows.table.is_sweep_wanted:
@@ -337,9 +338,11 @@ cdef class Route:
                 file._windows.sweep_wanted()
 
     cdef FastFile file_of(self, const File *file):
+        """Return the object that has this struct, which is of this route."""
         return self.file if file == &self.file.file else self.other
 
     cdef _Memory borrow(self, owner):
+        """Return the memory of `owner`, which stays where it is until the route is closed."""
         cdef _Memory memory = _Memory(owner)
         self.memory.append(memory)
         return memory

@@ -1,31 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client stays with the thread that syncs.
+"""Stays: the thread that syncs goes on with a client, in the place of the event loop.
 
 This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
 
 Theory of operation. A sync within the turn (`sync_alone`) takes two threads: the loop's and the Syncer's, and each hands over to the other
-for every request. So after its answer the thread of the Syncer goes on in the place of the loop (`serve_on`), which still stands still. It waits for what the loop would
-wait for: the next request of the client, and all other events (`loop_fd` is readable then). It serves this client alone, until something else happens,
-or nothing for `stay_idle_ns`, or until `stay_ns` have passed.
+for every request. So after its answer the thread of the Syncer goes on in the place of the loop (`serve_on`), while the loop stands still. The
+thread waits for what the loop would wait for: the next request of the client, and all other events (`loop_fd` is readable then). It serves
+this client alone. The stay ends when something else happens, when the client has sent nothing for `stay_idle_ns`, and when `stay_ns` have passed.
 
-The loop waits for each of these syncs as for the first one. If one takes too long, the loop goes on, and the thread touches nothing of the
+The loop waits for each of these syncs as for the first one. If one takes too long, the loop goes on, and the thread uses nothing of the
 connection any more.
 """
 
 cdef enum:
-    STAY_NS = 2000000  # a client may stay with the thread that syncs for so long: timers of the loop wait meanwhile
-    # So long it waits there for the next request. What the loop was told to call soon waits meanwhile, too, and nothing tells the thread of that.
+    STAY_NS = 2000000  # how long a stay lasts at most: timers of the loop wait meanwhile
+    # So long the thread waits for the next request. Functions that the loop was told to call soon wait meanwhile, too, and the thread cannot know of them.
     STAY_IDLE_NS = 200000
     SPIN_NS = 20000  # so long the thread looks at the socket again and again, before it sleeps
-    SPIN_SKIP_MAX = 512  # each time that it was in vain, twice as many requests are waited for asleep
-    NOTHING_CAME = -2
-    STAY_REST = 16  # so many syncs after it was ended by something else, it does not stay
+    SPIN_SKIP_MAX = 512  # each time that this was in vain, it sleeps at once for twice as many of the next requests, up to so many
+    NOTHING_CAME = -2  # of `receive_next`
+    STAY_REST = 16  # for so many syncs after other work of the loop has ended a stay, there is no new one
 
 
 cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil:
-    """In the thread of the Syncer, which has answered: serve until a request needs a sync. Returns how many ns ago that was received, at least 1; 0: there is none.
+    """Serve the client until one of its requests needs a sync. This runs in the thread of the Syncer, which has just sent an answer.
 
-    The loop stands still, and waits for the next sync, or the end.
+    The loop stands still meanwhile, and waits for the next sync, or for the end of the stay.
+
+    Returns: how many ns ago that request was received, at least 1, and in `answer` the reply to it. 0: the stay is over; `stay_stop` says why.
     """
     cdef Way *way = plane.stay_way
     cdef File *file = way.file
@@ -42,9 +44,9 @@ cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil
         if plane.nr_unsynced == 1 and plane.nr_pairs == SYNC_PAIRS:
             kick_ahead(plane, file)
         now = end_batch(&plane.counter, &sampling) or now_ns()
-        plane.counter.received_ns = 0  # it has ended
+        plane.counter.received_ns = 0  # this batch has ended
         if file.kick_error or file.was_slow or now >= plane.stay_end:
-            return 0  # for Python, or for timers
+            return 0  # there is something for Python, or for the loop's timers
         got = receive_next(plane, now)
         if got == NOTHING_CAME:
             return 0
@@ -55,7 +57,7 @@ cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil
                 plane.error = errno
                 plane.stay_stop = STOP_FAILED
             return 0
-        now = now_ns()  # perhaps of another clock than the one of the Syncer
+        now = now_ns()  # the Syncer may use another clock, so it gets a difference of two such times
         plane.end += got
         nr_batches += 1
         if not is_one_to_store(plane):
@@ -76,7 +78,10 @@ cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil
 
 
 cdef ssize_t receive_next(Plane plane, int64_t began) noexcept nogil:
-    """As recv, after waiting for the client, since now. NOTHING_CAME: not for `stay_idle_ns`, or not before the stay has to end."""
+    """Wait for the client, from now on (`began`), and receive as recv does.
+
+    Returns: as recv. NOTHING_CAME: nothing came for `stay_idle_ns`, or before the stay has to end.
+    """
     cdef uint8_t *into = <uint8_t *>plane.received.buf + plane.end
     cdef size_t room = plane.received.len - plane.end
     cdef int64_t now = began, looked
@@ -111,7 +116,7 @@ cdef ssize_t receive_next(Plane plane, int64_t began) noexcept nogil:
 
 
 cdef inline void note_disturbance(Plane plane) noexcept nogil:
-    """The loop has something else to do. More may follow, in the steps of a task, which nothing tells."""
+    """The loop has something else to do. More work may follow, step by step, which the thread cannot see: so there are no stays for some time."""
     plane.stay_end = 0
     plane.stay_rest = STAY_REST
 

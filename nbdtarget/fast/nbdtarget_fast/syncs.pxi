@@ -7,24 +7,26 @@ Theory of operation. Each of them needs a FLUSH of the whole device in the end. 
 both are noted, and Python takes them after the turn (`Plane.take_syncs`). It submits one FLUSH of the device for all these WRITEs and one
 for all these FLUSHes, and answers the requests when it has ended.
 
-*Writing back begins at once.* After a WRITE with FUA the kernel is told to begin to write its data back (`kick`), while the thread that syncs is busy
-or asleep. The same happens after plain WRITEs of a client that has sent a FLUSH after each one or two WRITEs so far (SYNC_PAIRS).
+*Writing back begins early.* After a WRITE with FUA the kernel is told at once to begin to write its data back (`kick`), while the thread that
+syncs is still busy or asleep. The same happens after plain WRITEs, if the client has sent FLUSHes after one or two WRITEs each so far (SYNC_PAIRS).
 
-*A client that is alone.* If it asks for one durable thing at a time, it would wait for Python twice, and for two threads that hand over to each
-other. So while a FLUSH of the device is no more than a sync of one file (`Route.may_sync` tells), and the file has a `Syncer`, the sync is
-made within the turn (`sync_alone`): the thread of the Syncer syncs, and answers the client. The loop waits for it, up to `FastFile.sync_wait_ns`.
-A sync that fails, or takes longer, is Python's: it is told of the sync (`sync_left`), and the request goes the usual way.
+*A client that is alone.* In this way, a client that sends one durable request at a time would wait for Python twice, and for two threads that hand
+over to each other. So while a FLUSH of the device is no more than a sync of one file (`Route.may_sync` tells), and the file has a `Syncer`, the
+sync is made within the turn (`sync_alone`): the thread of the Syncer syncs, and answers the client. The loop waits for it, up to
+`FastFile.sync_wait_ns`. If a sync fails, or takes longer, Python goes on: it is told of the sync (`sync_left`), and the request goes the usual way.
 """
 
 cdef enum:
     SYNC_CREDIT = 4  # so many turns after a durable request the next one is expected
-    # So many times a FLUSH has followed one or two WRITEs: their writing back begins at once. For more WRITEs this may cost more than it gains.
+    # After so many FLUSHes, each of which has followed PAIR_WRITES WRITEs at most, the next WRITEs are written back early. Where more WRITEs come
+    # before a FLUSH, this may cost more than it gains.
     SYNC_PAIRS = 8
     PAIR_WRITES = 2
-    UNSYNCED_MAX = 64
+    UNSYNCED_MAX = 64  # a FLUSH after more WRITEs than this: counting begins anew
 
 
 cdef inline void note_sync(Plane plane, const uint8_t *request, bint is_flush) noexcept nogil:
+    """Note a request that is done but for a FLUSH of the device."""
     cdef uint64_t cookie
     memcpy(&cookie, request + 8, 8)
     plane.sync_cookies[plane.nr_syncs] = be64toh(cookie)
@@ -45,6 +47,7 @@ cdef inline void note_sync(Plane plane, const uint8_t *request, bint is_flush) n
 
 
 cdef bint has_room_for_sync(Plane plane) noexcept nogil:
+    """Whether one more request may wait for a FLUSH of the device."""
     if plane.nr_syncs == SYNCS_MAX:
         return False
     if plane.lone_sync and not plane.nr_syncs and not plane.nr_begun:
@@ -56,6 +59,7 @@ cdef bint has_room_for_sync(Plane plane) noexcept nogil:
 
 
 cdef inline void kick_write(Plane plane, File *file, uint64_t at, uint64_t length) noexcept nogil:
+    """Have these bytes written back early, if the file wants that."""
     cdef int64_t slow_since
     if file.kicks:
         slow_since = kick(file, at, length)
@@ -64,14 +68,14 @@ cdef inline void kick_write(Plane plane, File *file, uint64_t at, uint64_t lengt
 
 
 cdef void kick_ahead(Plane plane, File *file) noexcept nogil:
-    """After a WRITE for which a FLUSH is expected."""
+    """Have the last WRITE written back early, because a FLUSH is expected to follow it."""
     if plane.unsynced_length:
         kick_write(plane, file, plane.unsynced_at, plane.unsynced_length)
         plane.unsynced_length = 0
 
 
 cdef bint sync_alone(Plane plane, Way *way) noexcept nogil:
-    """Sync for the one request that was received, and answer it. False: it is Python's."""
+    """Sync for the one request that was received, and answer it. Returns whether that is done; if not, Python has to do it."""
     cdef File *file = way.file
     cdef uint8_t *reply = <uint8_t *>plane.arena.buf + plane.out
     cdef bint is_flush = plane.sync_is_flush[0]
@@ -92,9 +96,9 @@ cdef bint sync_alone(Plane plane, Way *way) noexcept nogil:
     elif plane.records == NULL and plane.loop_fd >= 0:
         plane.stay_way = way
         plane.stay_end = now_ns() + plane.stay_ns
-    # Nothing is kicked beside the sync: an error could be told to the kick alone, and the thread would answer that all is well.
+    # Nothing is written back early while the sync runs: the kernel could report an error to that call alone, and the thread would answer that all is well.
     plane.unsynced_length = 0
-    # What must be encrypted is for the loop to send.
+    # With TLS the thread sends nothing, because the loop has to encrypt it.
     sync_begin(
         file.job, plane.sock, reply, 0 if plane.records != NULL else SIMPLE_BYTES,
         <sync_next>serve_on if plane.stay_way != NULL else NULL, <void *>plane,
@@ -110,7 +114,7 @@ cdef bint sync_alone(Plane plane, Way *way) noexcept nogil:
 
 
 cdef void sync_answered(Plane plane, File *file, Py_ssize_t sent) noexcept nogil:
-    """The request is synced for, and so much of the answer was sent, which lies in the arena, at `out`."""
+    """The sync for the request has succeeded. Its reply lies in the arena, at `out`, and `sent` bytes of it have left."""
     file.nr_synced += 1
     plane.nr_syncs = 0
     plane.counter.nr[COUNTED_FLUSH if plane.sync_is_flush[0] else COMMAND_WRITE] += 1

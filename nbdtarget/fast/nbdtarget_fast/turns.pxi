@@ -22,13 +22,14 @@ event loop cannot know. So a turn does not end with DONE before all of it is ser
 """
 
 cdef enum:
-    POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
-    LARGE = 32768  # what is left of a WRITE that is received apart
-    BEHIND_LARGE = 4096  # so much is received behind it
+    POLL_GAP_NS = 20000  # more time between two looks at the socket: something else wants the processor, and polling ends
+    # If more bytes than LARGE of a WRITE are still to come, only BEHIND_LARGE bytes are received behind them; see `room_to_receive`.
+    LARGE = 32768
+    BEHIND_LARGE = 4096
 
 
 cdef int take_turn(Plane plane, Route route, int64_t poll_ns, bint goes_on, int lone) except -1:
-    """As `turn`, with the places where they are."""
+    """As `Plane.turn`. The four places are already in the fields of the plane."""
     cdef Stop stop
     cdef FastFile cut
     cdef uint64_t nr_reads, nr_writes
@@ -47,7 +48,7 @@ cdef int take_turn(Plane plane, Route route, int64_t poll_ns, bint goes_on, int 
     with nogil:
         stop = run_turn(plane, &route.way, poll_ns)
     if stop == STOP_DONE and has_pending(plane):
-        stop = STOP_TURN_OVER  # a FLUSH comes first, and the loop would not call again
+        stop = STOP_TURN_OVER  # requests wait for a FLUSH; the loop does not know that there are more, and would not call again
     if route.way.nr_noted:
         route.tell_hits()
     if plane.nr_begun:
@@ -80,13 +81,14 @@ cdef int take_turn(Plane plane, Route route, int64_t poll_ns, bint goes_on, int 
 
 
 cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
+    """Receive, serve and send, until there is a reason to stop, which is returned."""
     global nr_batches
     cdef Stop stop
     cdef ssize_t got
     cdef uint8_t *into = <uint8_t *>plane.received.buf
     cdef int64_t began = 0, looked = 0, ended = 0, now
     cdef bint has_replies, is_lone
-    cdef bint is_received = plane.end > plane.begin  # begin with that
+    cdef bint is_received = plane.end > plane.begin  # what is in the buffer already is served first
     plane.was_batch = False
     plane.was_late = False
     plane.is_stuck = plane.is_cut = False
@@ -99,7 +101,7 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
         else:
             if plane.end == plane.received.len:
                 if not plane.begin:
-                    return STOP_SLOW  # one request that does not fit: it gets memory of its own
+                    return STOP_SLOW  # one request that does not fit: Python receives it into memory of its own
                 compact(plane)
             got = receive(plane, into + plane.end, room_to_receive(plane))
             if got < 0:
@@ -110,7 +112,7 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
                     return STOP_FAILED
                 if not poll_ns:
                     return STOP_DONE
-                # Right after an answer the time is known: a look less.
+                # Right after an answer the time is known, which saves a look at the clock.
                 now, ended = ended or now_ns(), 0
                 if not began:
                     began = now
@@ -124,7 +126,8 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
                 continue
             if not got:
                 return STOP_CLOSED
-            # What was polled for has come a moment ago. A durable request is about to be timed anyway, from its beginning.
+            # If the socket was polled, the time of the last look is that of the request. If a durable request is expected, the batch will be timed in
+            # any case, so look at the clock now.
             begin_batch(&plane.counter, &sampling, looked if began else now_ns() if plane.sync_credit else 0)
             if began:
                 began = 0
@@ -148,9 +151,9 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
         is_lone = plane.nr_syncs == 1 and stop == STOP_DONE and plane.lone_sync and not has_replies
         plane.stay_polls = poll_ns > 0
         if is_lone and sync_alone(plane, way):
-            has_replies = True  # though it may have left
+            has_replies = True  # perhaps the thread has sent it already
             if plane.stay_way != NULL:
-                poll_ns = 0  # there was more time than for that
+                poll_ns = 0  # the thread has waited for longer than that
                 stop = plane.stay_stop
                 if stop == STOP_RECEIVED:
                     is_received = True
@@ -166,33 +169,34 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
         if plane.nr_unsynced == 1 and plane.nr_pairs == SYNC_PAIRS:
             kick_ahead(plane, way.file)
         now = end_batch(&plane.counter, &sampling)
-        # The rest of a request is on its way.
+        # All is answered. The turn goes on only to poll the socket, or to receive the rest of a request that is on its way.
         if stop != STOP_DONE or plane.nr_syncs or has_replies and not poll_ns and plane.begin == plane.end and not has_pending(plane):
             return stop
         now = ended = now or now_ns()
-        # A peer at depth 1 must not keep the loop for ever.
+        # A client that sends one request after the other must not keep the loop for ever.
         if is_turn_over(plane, now):
             return STOP_TURN_OVER
 
 
 cdef inline bint is_turn_over(Plane plane, int64_t now) noexcept nogil:
-    """Whether this turn has lasted long enough. The first look begins it."""
+    """Whether this turn has lasted long enough. Its time begins with the first call."""
     if not plane.turn_end:
         plane.turn_end = now + plane.turn_ns
     return now > plane.turn_end
 
 
 cdef inline ssize_t receive(Plane plane, uint8_t *into, size_t room) noexcept nogil:
-    """As recv."""
+    """As recv; with TLS, what is received is decrypted."""
     if plane.records != NULL:
         return tls_receive(plane.records, into, room)
     return socket_recv(plane.sock, into, room, MSG_DONTWAIT)
 
 
 cdef Py_ssize_t room_to_receive(Plane plane) noexcept nogil:
-    """How much to receive. Behind a large WRITE it is little, so that the next one begins where this one did.
+    """Return how many bytes to receive now.
 
-    The buffer stays in the processor's cache then, and nothing large is ever moved.
+    While a large WRITE comes in, these are the rest of it and only a few more. So the next WRITE can begin at the same place of the buffer as this one:
+    that memory stays in the processor's cache, and nothing large is ever moved.
     """
     cdef Py_ssize_t room = plane.received.len - plane.end
     cdef Py_ssize_t left
@@ -224,7 +228,7 @@ cdef inline bint has_pending(Plane plane) noexcept nogil:
 
 
 cdef bint send_replies(Plane plane) noexcept nogil:
-    """Send the replies; whether all have left. If not, `error` is 0, or the socket has failed."""
+    """Send the replies. Returns whether all have left. If not, the socket takes no more for now (`error` is 0), or it has failed."""
     cdef uint8_t *arena = <uint8_t *>plane.arena.buf
     cdef iovec place
     cdef ssize_t sent
@@ -246,7 +250,11 @@ cdef bint send_replies(Plane plane) noexcept nogil:
 
 
 cdef inline ssize_t send_iovec(Plane plane, const iovec *pieces, size_t nr_pieces) noexcept nogil:
-    """As sendmsg. With TLS, after EAGAIN or a part, the next call must begin with the same bytes: they do, in the queue of `Output`, too."""
+    """As sendmsg; with TLS, what is sent is encrypted.
+
+    TLS demands that after EAGAIN, or when only a part was sent, the next call begins with the same bytes. It does, also if Python makes that call, for
+    what it has in the queue of `Output`.
+    """
     cdef msghdr message
     if plane.records != NULL:
         return tls_send(plane.records, pieces, nr_pieces)
@@ -267,14 +275,14 @@ cdef inline void all_sent(Plane plane, Py_ssize_t used) noexcept nogil:
 
 
 cdef Stop make_room(Plane plane) noexcept nogil:
-    """The arena has no room for one more reply: send. STOP_DONE: there is room."""
+    """Send the replies, because the arena has no room for one more. Returns STOP_DONE if there is room now, otherwise the reason why not."""
     if send_replies(plane):
         return STOP_DONE
     return STOP_FAILED if plane.error else STOP_BLOCKED
 
 
 cdef void make_room_for(Plane plane, Py_ssize_t size) noexcept nogil:
-    """A request of so many bytes begins at `begin`, and the rest of it is still to come.
+    """Make room for the request at `begin`, which has so many bytes, and part of which is still to come.
 
     It is moved only if it would not fit where it lies: moving costs as much as receiving.
     """
@@ -283,7 +291,7 @@ cdef void make_room_for(Plane plane, Py_ssize_t size) noexcept nogil:
 
 
 cdef void compact(Plane plane) noexcept nogil:
-    """Make room behind `end`."""
+    """Move what is not served yet to the beginning of the receive buffer."""
     cdef uint8_t *received = <uint8_t *>plane.received.buf
     cdef Py_ssize_t left = plane.end - plane.begin
     if not plane.begin:

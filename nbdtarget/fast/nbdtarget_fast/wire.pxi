@@ -5,9 +5,9 @@ This is a part of `nbdtarget_fast`; see the head of `nbdtarget_fast.pyx`.
 """
 
 cdef enum:
-    REQUEST_BYTES = 28
-    DATA_BYTES = 28  # the header of an OFFSET_DATA chunk
-    SIMPLE_BYTES = 16
+    REQUEST_BYTES = 28  # a request without its payload
+    DATA_BYTES = 28  # the header of an OFFSET_DATA chunk, with its offset
+    SIMPLE_BYTES = 16  # a simple reply without its data
     HOLE_BYTES = 32  # an OFFSET_HOLE chunk
     # The same with extended headers. A WRITE is answered with a NONE chunk.
     EXTENDED_REQUEST_BYTES = 32
@@ -20,7 +20,7 @@ cdef enum:
     FLAG_FUA = 1
     FLAG_PAYLOAD_LEN = 32  # of a WRITE with extended headers: says only that it has a payload
 
-# The first eight bytes, as they go over the wire; the cookie follows.
+# The first four bytes of a request, or the first eight of a reply, as they go over the wire. In a reply the cookie follows.
 cdef const char *REQUEST_HEAD = b"\x25\x60\x95\x13"
 cdef const char *DATA_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x01"  # structured, DONE, OFFSET_DATA
 cdef const char *HOLE_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x02"  # structured, DONE, OFFSET_HOLE
