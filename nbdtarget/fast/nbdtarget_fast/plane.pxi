@@ -132,6 +132,7 @@ cdef class Plane:
     cdef unsigned nr_unsynced  # WRITEs that no FLUSH has followed yet
     cdef uint64_t unsynced_at  # where in its file the last of them lies
     cdef uint64_t unsynced_length  # 0: nothing of it is left to write back early
+    cdef bint is_kick_due  # it has FUA, and was not begun to be written back because a sync for it alone was about to begin
     cdef int64_t turn_end  # when the turn has lasted long enough; 0: the clock was not looked at yet
     # Reads in the ring.
     cdef object ring_reads

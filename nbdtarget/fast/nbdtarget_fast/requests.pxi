@@ -84,6 +84,7 @@ cdef Stop serve(Plane plane, Way *way) noexcept nogil:
                 elif plane.lone_sync and plane.end - plane.begin == request_bytes + <Py_ssize_t>length:
                     # Perhaps a sync follows at once, and that begins to write it back.
                     plane.unsynced_at, plane.unsynced_length = file_at, length
+                    plane.is_kick_due = True
                 else:
                     kick_write(plane, file, file_at, length)
                 note_sync(plane, at, False)

@@ -70,6 +70,7 @@ cdef int64_t serve_on(Plane plane, ssize_t nr_sent, char *answer) noexcept nogil
             return 0
         if plane.nr_syncs:
             plane.unsynced_length = 0
+            plane.is_kick_due = False
             memcpy(answer, SIMPLE_HEAD, 8)
             cookie = htobe64(plane.sync_cookies[0])
             memcpy(answer + 8, &cookie, 8)

@@ -72,6 +72,7 @@ cdef void kick_ahead(Plane plane, File *file) noexcept nogil:
     if plane.unsynced_length:
         kick_write(plane, file, plane.unsynced_at, plane.unsynced_length)
         plane.unsynced_length = 0
+    plane.is_kick_due = False
 
 
 cdef bint sync_alone(Plane plane, Way *way) noexcept nogil:
@@ -98,6 +99,7 @@ cdef bint sync_alone(Plane plane, Way *way) noexcept nogil:
         plane.stay_end = now_ns() + plane.stay_ns
     # Nothing is written back early while the sync runs: the kernel could report an error to that call alone, and the thread would answer that all is well.
     plane.unsynced_length = 0
+    plane.is_kick_due = False
     # With TLS the thread sends nothing, because the loop has to encrypt it.
     sync_begin(
         file.job, plane.sock, reply, 0 if plane.records != NULL else SIMPLE_BYTES,

@@ -160,6 +160,8 @@ cdef Stop run_turn(Plane plane, Way *way, int64_t poll_ns) noexcept nogil:
                     continue
                 if stop == STOP_CLOSED:
                     return stop
+        if plane.is_kick_due:
+            kick_ahead(plane, way.file)  # it was not alone after all
         if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
             end_batch(&plane.counter, &sampling)
             return stop

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,14 +12,17 @@ import pytest
 
 from nbdtarget.fast import compiled
 from tests.support import plane
+from tests.support.patience import PATIENCE_S
 from tests.support.plane import SIZE, Bench
 
 if compiled.IS_COMPILED:
     from nbdtarget_fast import DONE, SLOW, FastFile, Route
+    from nbdtarget_sync import Syncer
 
 pytestmark = pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
 
 WRITE, FLUSH = 1, 3
+LONE_ALL: Final = 2  # see `Plane.turn`
 FUA: Final = 1
 DATA: Final = os.urandom(512)
 
@@ -36,6 +40,7 @@ class Rig(Bench):
     def __init__(self, path: Path) -> None:
         self.nr_room = 1000
         self.not_begun: list[int] = []
+        self.odd_file: FastFile | None = None
         super().__init__(
             path,
             length_max=SIZE,
@@ -117,9 +122,16 @@ def odd_rig(rig: Rig) -> Iterator[Rig]:
     """Its file takes all that is written, but is none that can be written back: that tells when the kernel was asked to."""
     fd = os.open("/dev/null", os.O_RDWR)
     file = FastFile(
-        fd, 10**9, lambda: None, lambda *_: None, None, None, rig.not_begun.append
+        fd,
+        10**9,
+        lambda: None,
+        lambda *_: None,
+        None,
+        lambda: None,
+        rig.not_begun.append,
     )
     file.size = file.read_max = file.write_max = SIZE
+    rig.odd_file = file
     regular, rig.route = rig.route, Route.flat(file, 0, SIZE)
     rig.route.can_read = rig.route.can_write = True
     yield rig
@@ -136,6 +148,31 @@ def test_data_of_a_fua_write_begins_to_be_written_back(odd_rig: Rig) -> None:
     # It is not tried again where that is not known.
     assert odd_rig.turn(request(WRITE, 0, 512, 4, FUA)) == DONE
     assert len(odd_rig.not_begun) == 1
+
+
+@pytest.mark.parametrize(
+    "before",
+    [request(WRITE, 4096, 512, 2), request(FLUSH, 0, 0, 2)],
+    ids=["reply", "flush"],
+)
+def test_data_of_a_fua_write_that_is_not_alone_after_all_begins_to_be_written_back(
+    odd_rig: Rig, tmp_path: Path, before: bytes
+) -> None:
+    with (tmp_path / "synced").open("wb") as synced:
+        syncer = Syncer(synced.fileno())
+        syncer.begin()
+        assert select.select([syncer.event_fd], [], [], PATIENCE_S)[0]
+        assert syncer.take() == 0
+        file = odd_rig.odd_file
+        assert file is not None
+        file.syncer, file.sync_wait_ns = syncer, int(PATIENCE_S * 10**9)
+        odd_rig.route.may_sync = lambda: True
+        wire = before + request(WRITE, 0, 512, 3, FUA)
+        assert odd_rig.turn(wire, lone=LONE_ALL) == DONE
+        assert odd_rig.not_begun == [errno.ESPIPE]
+        assert odd_rig.plane.take_syncs()[0] == [3]
+        file.syncer = None
+        syncer.close()
 
 
 def test_data_of_a_write_that_a_flush_follows_begins_to_be_written_back(
