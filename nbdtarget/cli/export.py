@@ -97,10 +97,11 @@ class _Reporter:
         self._options = options
 
     def serving(self, plan: "ExportPlan", uris: list[str]) -> None:
-        from nbdtarget.cli.progress.common import print_attach
+        from nbdtarget.cli.progress.hints import print_attach
 
         how = "read-only" if self._options.read_only else "read-write"
-        print_attach(f"{self._options.disk} is served {how}", plan.name, uris)
+        what = f"{self._options.disk} is served {how}"
+        print_attach(what, plan.name, uris, self._options.security.tls)
 
     def stopping(self) -> None:
         """Print nothing."""

@@ -91,6 +91,7 @@ def serve(
     control socket is control.sock in the runtime directory unless --control names another one.
     """
     from nbdtarget.daemon import process
+    from nbdtarget.daemon.activation import passed_sockets
     from nbdtarget.daemon.serve import ServeOptions, serve_until_stopped
     from nbdtarget.server.listener import export_uri
 
@@ -115,7 +116,9 @@ def serve(
     )
 
     def ready(patterns: list[str]) -> None:
-        for pattern in patterns if run is None else ():
+        # With a command, or with a socket that another program passed, stdout is not ours.
+        is_told = run is None and not passed_sockets().nbd
+        for pattern in patterns if is_told else ():
             print(export_uri(pattern), flush=True)
 
     return process.run(lambda: serve_until_stopped(options, ready))

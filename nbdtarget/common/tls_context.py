@@ -24,6 +24,8 @@ __all__ = [
     "PSK_FILE_MAX",
     "certificate_end_s",
     "client_context",
+    "element",
+    "first_certificate",
     "has_psk",
     "server_context",
 ]
@@ -117,18 +119,23 @@ def certificate_end_s(path: str) -> float:
     Raises: NbdTargetError: there is none.
     """
     try:
+        return _not_after(first_certificate(path))
+    except (ValueError, IndexError):
+        raise NbdTargetError(f"{path}: has no certificate in PEM") from None
+
+
+def first_certificate(path: str) -> bytes:
+    """Return the first certificate of a PEM file, in DER. Raises: NbdTargetError: it cannot be read; ValueError: it has none."""
+    try:
         with open(path, "rb") as file:
             text = file.read(CERT_FILE_MAX)
     except OSError as error:
         raise NbdTargetError(f"{path}: {error.strerror or error}") from None
     begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
     _, found, behind = text.partition(begin)
-    try:
-        if not found:
-            raise ValueError
-        return _not_after(base64.b64decode(behind.partition(end)[0]))
-    except (ValueError, IndexError):
-        raise NbdTargetError(f"{path}: has no certificate in PEM") from None
+    if not found:
+        raise ValueError("no certificate")
+    return base64.b64decode(behind.partition(end)[0])
 
 
 def _set_common(context: ssl.SSLContext) -> None:
@@ -235,18 +242,18 @@ _VERSION: Final = 0xA0
 
 def _not_after(der: bytes) -> float:
     """Take a certificate apart, down to the end of its validity. Raises: ValueError, IndexError."""
-    _, certificate, _ = _element(der)
-    _, signed, _ = _element(certificate)
-    tag, _, behind = _element(signed)
+    _, certificate, _ = element(der)
+    _, signed, _ = element(certificate)
+    tag, _, behind = element(signed)
     if tag == _VERSION:  # optional; what was taken else is the serial number
-        _, _, behind = _element(behind)
+        _, _, behind = element(behind)
     for _ in ("algorithm", "issuer"):
-        _, _, behind = _element(behind)
-    tag, validity, _ = _element(behind)
+        _, _, behind = element(behind)
+    tag, validity, _ = element(behind)
     if tag != _SEQUENCE:
         raise ValueError("no validity")
-    _, _, behind = _element(validity)
-    _, not_after, _ = _element(behind)
+    _, _, behind = element(validity)
+    _, not_after, _ = element(behind)
     digits = not_after.decode("ascii")
     # UTCTime has two digits for the year, of 1950 to 2049; GeneralizedTime has four.
     if len(digits) == 13:
@@ -255,7 +262,7 @@ def _not_after(der: bytes) -> float:
     return float(timegm((int(digits[:2]) * 100 + year, *others)))
 
 
-def _element(data: bytes) -> tuple[int, bytes, bytes]:
+def element(data: bytes) -> tuple[int, bytes, bytes]:
     """The tag and content of the first element of DER, and what is behind it."""
     tag, length, begin = data[0], data[1], 2
     if length & 0x80:

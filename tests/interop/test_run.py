@@ -22,6 +22,18 @@ def test_nbdcopy_starts_a_clone_and_ends_it(
     assert copy.read_bytes() == clone.content
 
 
+@pytest.mark.parametrize("command", ["export", "clone"])
+def test_output_of_a_tool_that_starts_a_server_is_its_own(
+    clone: CloneUnderTest, command: str
+) -> None:
+    disks = [clone.source, str(clone.dest)][: 1 + (command == "clone")]
+    argv = ["--", "[", NBDTARGET, command, *disks, "]"]
+    size = subprocess.run(
+        ["nbdinfo", "--size", *argv], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert size.stdout == f"{len(clone.content)}\n", size.stderr
+
+
 def test_what_a_command_wrote_is_committed_when_the_server_has_ended(
     clone: CloneUnderTest, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLS with real clients and a real server."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.support.clients import CloneUnderTest, client, needs, report
 from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = [pytest.mark.interop, needs_openssl]
+
+PROGRAMS = ("nbdinfo", "nbdcopy", "qemu-img")
 
 
 @contextmanager
@@ -76,6 +79,34 @@ def test_qemu_reads_the_disk(
         argv = ["qemu-img", "convert", "--object", creds, "--image-opts", options]
         client(*argv, "-O", "raw", str(copy))
     assert copy.read_bytes() == content
+
+
+@needs(*PROGRAMS)
+@pytest.mark.parametrize("extra", [[], ["--tls-verify-peer"]], ids=["any", "verified"])
+@pytest.mark.parametrize("where", ["tcp:0.0.0.0:0", "unix:x,y.sock"])
+def test_lines_that_are_printed_work(
+    tmp_path: Path, source_image: Path, content: bytes, where: str, extra: list[str]
+) -> None:
+    argv = [NBDTARGET, "export", str(source_image), "--name", "a,b", "--listen", where]
+    argv += ["--control", str(tmp_path / "control")]
+    with subprocess.Popen(
+        [*argv, "--tls-certificates", str(authority()[1]), *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+    ) as server:
+        assert server.stdout is not None
+        said = iter(server.stdout.readline, "\n")
+        lines = [line.strip() for line in said if line.startswith("  ")]
+        try:
+            pasted = [line for line in lines if line.split()[0] in PROGRAMS]
+            for line in pasted:
+                client("sh", "-c", f"cd {tmp_path} && {line}")
+        finally:
+            server.terminate()
+    assert [line.split()[0] for line in pasted] == list(PROGRAMS)
+    assert (tmp_path / "copy.img").read_bytes() == content
 
 
 @needs("nbdkit")

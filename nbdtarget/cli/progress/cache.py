@@ -7,10 +7,10 @@ from typing import Final
 from nbdtarget.cli.progress.common import (
     Display,
     make_reporter,
-    print_attach,
     print_event,
     say,
 )
+from nbdtarget.cli.progress.hints import print_attach
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.units import describe_bytes
 from nbdtarget.porcelain.cache import (
@@ -47,7 +47,7 @@ class Reporter:
     def serving(self, plan: CachePlan, uris: list[str]) -> None:
         options = self.options
         what = f"{options.origin} is cached by {options.cache} ({options.mode})"
-        print_attach(what, plan.name, uris)
+        print_attach(what, plan.name, uris, self.options.security.tls)
 
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
         say(

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from nbdtarget.cli.progress.common import (
     Display,
     make_reporter,
-    print_attach,
     print_event,
     say,
 )
+from nbdtarget.cli.progress.hints import print_attach
 from nbdtarget.common.redaction import redacted
 from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
@@ -29,7 +29,8 @@ class Reporter:
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
         options = self.options
         source = redacted(options.source)
-        print_attach(f"{options.dest} is a clone of {source}", plan.name, uris)
+        what = f"{options.dest} is a clone of {source}"
+        print_attach(what, plan.name, uris, options.security.tls)
 
     def progress(self, done: int, size: int) -> None:
         if not self._is_hydrated:

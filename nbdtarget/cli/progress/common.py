@@ -7,7 +7,6 @@ With --json there is one object a line on stdout, and nothing else.
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +16,14 @@ import msgspec
 
 from nbdtarget.cli.outlet import Outlet, process_stderr, process_stdout
 from nbdtarget.common.clock import monotonic_ns
-from nbdtarget.devices.nbd.uri import parse_nbd_uri
-from nbdtarget.server.listener import export_uri
 
 __all__ = [
     "Display",
     "Lines",
     "Nowhere",
-    "client_lines",
     "is_terminal",
     "make_reporter",
     "open_display",
-    "print_attach",
     "print_event",
     "say",
 ]
@@ -46,45 +41,6 @@ R = TypeVar("R")
 
 
 # ---- words ----
-
-
-def client_lines(uri: str) -> list[str]:
-    """One line to paste for each client that can attach."""
-    where = parse_nbd_uri(uri)
-    name = where.export_name
-    word = shlex.quote(uri)
-    by_libnbd = [f"nbdinfo {word}", f"nbdcopy --progress {word} copy.img"]
-    if where.tls is not None:
-        # QEMU and nbd-client take no such URI, but certificates as options: docs/how-to/tls.md.
-        return by_libnbd
-    if where.cid is not None:
-        # QEMU takes no such URI either, and nbd-client speaks no vsock.
-        server = f"server.type=vsock,server.cid={where.cid},server.port={where.port}"
-        disk = f"driver=nbd,{server},export={name.replace(',', ',,')}"
-        return [*by_libnbd, f"qemu-img info --image-opts {shlex.quote(disk)}"]
-    drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio")
-    if where.socket_path:
-        server = f"-unix {shlex.quote(where.socket_path)}"
-    else:
-        server = f"{where.host} {where.port}"
-    return [
-        *by_libnbd,
-        f"qemu-img info {word}",
-        f"qemu-system-x86_64 -m 1G -drive {drive}",
-        f"sudo nbd-client {server} -N {shlex.quote(name)} /dev/nbd0",
-    ]
-
-
-def print_attach(what: str, name: str, uris: list[str]) -> None:
-    """Print what is served, its URIs, and a line for each client."""
-    exports = [export_uri(uri, name) for uri in uris]
-    print(f"{what}: attach to")
-    for uri in exports:
-        print(f"  {uri}")
-    print("for example with one of")
-    for line in client_lines(exports[0]):
-        print(f"  {line}")
-    print(flush=True)
 
 
 def print_event(**fields: object) -> None:

@@ -128,16 +128,17 @@ def test_second_server_is_refused(serve: ServeProcess, tmp_path: Path) -> None:
     assert not (tmp_path / "other.sock").exists()
 
 
-def test_passed_socket_is_served(tmp_path: Path) -> None:
+def test_passed_socket_is_served_and_stdout_left_alone(tmp_path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "passed.sock"))
     listener.listen()
-    serve = ServeProcess(tmp_path, passed=listener.fileno())
-    assert serve.uri == f"nbd+unix:///?socket={tmp_path}/passed.sock"
+    serve = ServeProcess(tmp_path, passed=listener.fileno(), starts=False)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "passed.sock"))
         assert client.recv(8) == b"NBDMAGIC"
-    assert serve.end(signal.SIGTERM) == ""
+    serve.process.send_signal(signal.SIGTERM)
+    said = serve.process.communicate(timeout=PATIENCE_S)
+    assert (serve.process.returncode, said) == (0, ("", ""))
     listener.close()
 
 
