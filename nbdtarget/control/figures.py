@@ -105,6 +105,12 @@ class DeviceFigures(Answer):
     uncaching: Annotated[
         bool, told("Its cache is being written back, and will be removed.")
     ] = False
+    bytes_in_flight: Annotated[
+        int,
+        told(
+            "Memory that requests of its clients, and replies that they have not taken, hold."
+        ),
+    ] = 0
 
 
 class ClientFigures(Answer):
@@ -129,7 +135,9 @@ class Bound(Answer):
     used: Annotated[
         int | None,
         told(
-            "How much of it is used now; null: it is a bound for each connection or device."
+            "How much of it is used now; of a bound for each connection, address or export: by the one that uses most of it."
+            " Of `connections_max`: the larger number of those from TCP and vsock, and those of unix sockets. null: it is a time, or"
+            " a bound for a single request or handshake, or the kernel does not tell."
         ),
     ] = None
     met: Annotated[

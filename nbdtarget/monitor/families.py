@@ -60,6 +60,12 @@ def _limits_met(groups: Groups) -> Rows:
             yield "", (bound.name,), bound.met
 
 
+def _limits_used(groups: Groups) -> Rows:
+    for bound in groups.figures.bounds:
+        if bound.used is not None:
+            yield "", (bound.name,), bound.used
+
+
 def _used(name: str) -> Callable[[Groups], Rows]:
     def rows(groups: Groups) -> Rows:
         for bound in groups.figures.bounds:
@@ -118,7 +124,7 @@ SERVER: Final = (
         "nbdtarget_connections",
         GAUGE,
         "Connections of NBD clients.",
-        rows=_used("connections_max"),
+        rows=_one(lambda it: len(it.clients)),
     ),
     Family(
         "nbdtarget_connections_refused_total",
@@ -150,6 +156,13 @@ SERVER: Final = (
         "The bounds of the server, by their names in the configuration file; bytes or seconds where the name says so.",
         ("bound",),
         _limits,
+    ),
+    Family(
+        "nbdtarget_limit_used",
+        GAUGE,
+        "How much of a bound is used; of one for each connection, address or export: by the one that uses most of it.",
+        ("bound",),
+        _limits_used,
     ),
     Family(
         "nbdtarget_limit_met_total",
@@ -300,6 +313,12 @@ DEVICE: Final = (
         GAUGE,
         "Requests of clients that are in flight.",
         _of(lambda it: it.in_flight),
+    ),
+    _device(
+        "nbdtarget_device_request_memory_bytes",
+        GAUGE,
+        "Memory that requests of a device's clients, and replies that they have not taken, hold.",
+        _of(lambda it: it.bytes_in_flight),
     ),
     _disk("reads_completed_total", "Reads of clients.", "read", lambda it: it.nr),
     _disk(

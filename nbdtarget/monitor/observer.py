@@ -173,6 +173,7 @@ class Observer:
             event_nr=device.event_nr,
             connections=0 if share is None else share.nr_connections,
             in_flight=0 if share is None else share.nr_requests,
+            bytes_in_flight=0 if share is None else share.nr_bytes,
             operations={} if account is None else _operations(account.counts()),
             targets=_targets(device),
             deps=tuple(self._registry.deps(device)),
@@ -196,11 +197,7 @@ class Observer:
 
     def _bounds(self) -> tuple[Bound, ...]:
         limits, budget = self._listener.limits, self._listener.budget
-        used = {
-            "connections_max": self._listener.nr_connections,
-            "requests_total_max": 0 if budget is None else budget.nr_requests,
-            "bytes_total_max": 0 if budget is None else budget.nr_bytes,
-        }
+        used = self._listener.used()
         met = {} if budget is None else budget.bounds_met.counts
         return tuple(
             Bound(name, getattr(limits, name), used.get(name), met.get(name))

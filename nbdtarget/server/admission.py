@@ -97,6 +97,14 @@ class Admission:
             return Refusal("", f"few of the {soft} file descriptors are left")
         return None
 
+    def used(self) -> dict[str, int]:
+        """How much of each bound is used: by the family, and by the address, that use most of it."""
+        remote = [nr for origin, nr in self._by_origin.items() if origin != _UNIX]
+        return {
+            "connections_max": max(self._by_origin[_UNIX], self._nr_remote),
+            "peer_connections_max": max(remote, default=0),
+        }
+
     def enter(self, origin: str) -> None:
         self._by_origin[origin] += 1
         self._nr_remote += origin != _UNIX

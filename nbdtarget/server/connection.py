@@ -243,6 +243,12 @@ class Connection:
         identity, nr = self._negotiation.identity, self._flow.nr_requests
         return Client(self.peer, identity, self._device, traffic, nr)
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Return the requests and the bytes in flight, and the bytes of replies that wait for the client."""
+        flow = self._flow
+        return flow.nr_requests, flow.nr_bytes, self._output.nr_waiting
+
     def moved_state(self) -> ConnectionState | None:
         """Return what another process needs to go on with the socket; None: it cannot.
 

@@ -234,12 +234,13 @@ class Flow:
         # A connection with nothing in flight may always begin, whatever the size.
         if others and others + nr_bytes > self._bytes_max():
             is_own = others + nr_bytes > limits.bytes_in_flight_max
-            self.bound = "bytes_in_flight_max" if is_own else "bytes_total_max"
+            shared = self._budget.bytes_bound
+            self.bound = "bytes_in_flight_max" if is_own else shared
             return FULL
         if not self._budget.is_full(nr_bytes, writer):
             return RUNNING
         if self.nr_requests or self.nr_bytes or nr_bytes > limits.guaranteed_bytes:
-            self.bound = self._budget.full_bound(nr_bytes)
+            self.bound = self._budget.full_bound(nr_bytes, writer)
             return IN_LINE
         return RUNNING
 

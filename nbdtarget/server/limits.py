@@ -184,7 +184,12 @@ class Budget:
             or self.nr_bytes + nr_bytes > self._bytes_max
         )
 
-    def full_bound(self, _: int = 0) -> str:
+    @property
+    def bytes_bound(self) -> str:
+        """The name of the bound that leaves the fewest bytes."""
+        return "bytes_total_max"
+
+    def full_bound(self, _: int = 0, writer: object = None) -> str:
         """The name of the bound because of which something has to wait."""
         is_by_requests = self.nr_requests >= self._requests_max
         return "requests_total_max" if is_by_requests else "bytes_total_max"

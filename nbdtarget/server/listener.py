@@ -155,6 +155,29 @@ class Listener:
     def limits(self) -> Limits:
         return self._limits
 
+    def used(self) -> dict[str, int]:
+        """How much of each bound is used now; of one for each connection, address or export: by the one that uses most of it.
+
+        Bounds of time, and of a single request or handshake, are missing.
+        """
+        loads = [each.load for each in self._connections]
+        requests, sizes, waiting = zip(*loads, strict=True) if loads else ((0,),) * 3
+        used = {
+            "handshakes_max": sum(not each.was_attached for each in self._shaking),
+            "requests_in_flight_max": max(requests),
+            "bytes_in_flight_max": max(sizes),
+            "send_buffer_max": max(waiting),
+            "requests_total_max": 0,
+            "bytes_total_max": 0,
+            **self._admission.used(),
+        }
+        if self._shared is not None:
+            budget = self._shared.budget
+            used["requests_total_max"] = budget.nr_requests
+            used["bytes_total_max"] = budget.nr_bytes
+            used |= self._shared.shares.used()
+        return used
+
     def clients(self) -> list[Client]:
         """Return what is known of each connection, in the order of connecting."""
         return [each.client for each in self._connections]

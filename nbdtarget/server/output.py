@@ -156,6 +156,11 @@ class Output:
         return len(self._queue)
 
     @property
+    def nr_waiting(self) -> int:
+        """Bytes of replies that have not left."""
+        return self.nr_queued + self.end - self.base
+
+    @property
     def is_full(self) -> bool:
         """Whether no further request should be started before the client has read some replies."""
         return self.is_blocked and (

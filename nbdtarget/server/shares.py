@@ -61,9 +61,15 @@ class Share:
             return True
         return self._budget.is_full(nr_bytes, writer)
 
-    def full_bound(self, nr_bytes: int) -> str:
-        """As `Budget.full_bound`, for a request of `nr_bytes` that has to wait."""
-        if not self._is_used_up(nr_bytes):
+    @property
+    def bytes_bound(self) -> str:
+        """As `Budget.bytes_bound`."""
+        is_ours = self._bytes_max - self.nr_bytes < self._budget.room()[1]
+        return "export_bytes_max" if is_ours else self._budget.bytes_bound
+
+    def full_bound(self, nr_bytes: int, writer: object = None) -> str:
+        """As `Budget.full_bound`, for a request of `nr_bytes` that `is_full` has let wait."""
+        if writer is not None or not self._is_used_up(nr_bytes):
             return self._budget.full_bound(nr_bytes)
         is_by_requests = self.nr_requests >= self._requests_max
         return "export_requests_max" if is_by_requests else "export_bytes_max"
@@ -130,6 +136,17 @@ class Shares:
         self._budget = budget
         self._limits = limits
         self._shares: dict[Device, Share] = {}
+
+    def used(self) -> dict[str, int]:
+        """How much of each bound is used by the export that uses most of it."""
+        shares = self._shares.values()
+        return {
+            "export_connections_max": max(
+                (it.nr_connections for it in shares), default=0
+            ),
+            "export_requests_max": max((it.nr_requests for it in shares), default=0),
+            "export_bytes_max": max((it.nr_bytes for it in shares), default=0),
+        }
 
     def maybe_of(self, device: Device) -> Share | None:
         """Return the share of `device`; None: no connection is attached to it."""

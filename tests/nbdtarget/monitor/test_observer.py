@@ -19,6 +19,7 @@ async def test_a_device_with_its_clients(served: Served) -> None:
     assert [device.name for device in figures.devices] == ["c", "k", AWKWARD, "failed"]
     device = figures.devices[0]
     assert (device.size, device.connections, device.in_flight) == (SIZE, 1, 0)
+    assert device.bytes_in_flight == 0
     assert not device.failed
     assert device.deps[-1].endswith("/source")
     operations = device.operations
@@ -59,7 +60,9 @@ async def test_of_the_server(served: Served) -> None:
     bounds = {bound.name: (bound.maximum, bound.used) for bound in figures.bounds}
     assert bounds["connections_max"] == (Limits().connections_max, 1)
     assert bounds["requests_total_max"] == (Limits().requests_total_max, 0)
-    assert bounds["export_bytes_max"] == (Limits().export_bytes_max, None)
+    assert bounds["export_bytes_max"] == (Limits().export_bytes_max, 0)
+    assert bounds["export_connections_max"] == (Limits().export_connections_max, 1)
+    assert bounds["payload_max"] == (Limits().payload_max, None)
     assert figures.latencies["read"].counts == tuple(
         served.listener.accounts.all.counts()[c.CMD_READ][NR_TOTALS:]
     )
@@ -76,6 +79,8 @@ async def test_each_bound_has_a_metric(served: Served) -> None:
         assert f'nbdtarget_limit{{bound="{name}"}} ' in text
         met = f'nbdtarget_limit_met_total{{bound="{name}"}} 0'
         assert (met in text) == (name not in UNCOUNTED)
+    assert 'nbdtarget_limit_used{bound="export_connections_max"} 1\n' in text
+    assert 'nbdtarget_limit_used{bound="payload_max"}' not in text
 
 
 async def test_commits_are_counted(served: Served) -> None:

@@ -274,3 +274,57 @@ async def test_bound_that_is_met_counts(name: str, served: Served) -> None:
         served.clock = SimClock()
     await meet(served)
     assert (await counts_of(served))[name] >= least
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # The first request may begin whatever its size, so less than nothing is left for the second one.
+        ({"export_bytes_max": BIG // 2}, "export_bytes_max"),
+        ({"export_bytes_max": 2 * BIG - 1}, "export_bytes_max"),
+        ({"bytes_in_flight_max": BIG // 2}, "bytes_in_flight_max"),
+        ({"bytes_total_max": BIG, "payload_max": BIG}, "bytes_total_max"),
+    ],
+    ids=["export, at once", "export", "connection", "all"],
+)
+async def test_bound_that_counts_is_the_one_that_leaves_no_room(
+    served: Served, changed: dict[str, int], expected: str
+) -> None:
+    served.limits = replace(served.limits, **changed)  # type: ignore[arg-type]  # as above
+    await many_bytes(served)
+    counts = await counts_of(served)
+    assert [name for name, nr in counts.items() if nr] == [expected]
+
+
+async def test_what_is_used_of_each_bound(served: Served) -> None:
+    listener = await served.start()
+    assert set(listener.used().values()) <= {0}
+    served.disk.hold = True
+    first, second = await served.attach(), await served.attach()
+    await (await served.connect()).greet()
+    for _ in range(3):
+        first.send(c.CMD_READ, 0, BIG)
+    second.send(c.CMD_READ, 0, BIG)
+    await served.disk.until_held(4)
+    used = listener.used()
+    for name in used:
+        if "bytes" in name:
+            used[name] -= used[name] % BIG  # of headers
+    assert used == {
+        "connections_max": 3,
+        "peer_connections_max": 0,  # of unix sockets there is no address
+        "export_connections_max": 2,
+        "handshakes_max": 1,
+        "requests_in_flight_max": 3,
+        "bytes_in_flight_max": 3 * BIG,
+        "export_requests_max": 4,
+        "export_bytes_max": 4 * BIG,
+        "requests_total_max": 4,
+        "bytes_total_max": 4 * BIG,
+        "send_buffer_max": 0,
+    }
+    served.disk.hold = False
+    served.disk.let_go()
+    for peer, nr in ((first, 3), (second, 1)):
+        for _ in range(nr):
+            assert (await peer.reply()).error == 0
