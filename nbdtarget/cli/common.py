@@ -128,9 +128,11 @@ def ask(
     answer_type: type[A],
     *,
     about: str = "",
+    command: str = "",
 ) -> A:
-    """Ask the server. A failure names the verb and the device.
+    """Ask the server. A failure names the command that was typed, and the device.
 
+    Args: command: its words, if it is not called as the verb is.
     Raises: NoServerError, TableError.
     """
     try:
@@ -139,7 +141,7 @@ def ask(
         address = address_for(control, request)
         return ControlClient(address, control_token()).ask(verb, request, answer_type)
     except TableError as error:
-        raise command_error(verb, about, error) from error
+        raise command_error(command or verb, about, error) from error
 
 
 def address_for(control: str | None, request: Request) -> ControlAddress:
@@ -215,12 +217,12 @@ def device_names(
     raise TableError(f"UUID {uuid}: Device does not exist", errnos.ENXIO)
 
 
-def command_error(verb: str, about: str, error: TableError) -> TableError:
-    """Return the same error with the verb and the device before it.
+def command_error(command: str, about: str, error: TableError) -> TableError:
+    """Return the same error with the command and the device before it.
 
     The name of the errno follows, because scripts look for it.
     """
-    subject = f"{verb} {about}".rstrip()
+    subject = f"{command} {about}".rstrip()
     reason = error.reason
     meaning = os.strerror(error.errno)
     if meaning.lower() not in reason.lower():

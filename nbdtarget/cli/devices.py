@@ -179,7 +179,8 @@ def rename(
     A UUID can be set only for a device that has none. Clients that are connected stay connected.
     """
     if setuuid:
-        ask(control, "set_uuid", m.SetUuid(name, new_name), m.Done, about=name)
+        uuid = m.SetUuid(name, new_name)
+        ask(control, "set_uuid", uuid, m.Done, about=name, command="rename")
     else:
         ask(control, "rename", m.Rename(name, new_name), m.Done, about=name)
 

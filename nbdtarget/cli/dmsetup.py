@@ -158,7 +158,8 @@ def mangle(names: Names = None, control: Control = None) -> None:
     This is the form that dmsetup writes. Nothing here needs this, because names are served as they are. The exports are renamed, too.
     """
     request = m.Info(tuple(names or ()))
-    devices = ask(control, "info", request, m.InfoAnswer, about=" ".join(names or ()))
+    about = " ".join(names or ())
+    devices = ask(control, "info", request, m.InfoAnswer, about=about, command="mangle")
     for device in sorted(devices.devices, key=lambda each: each.name):
         name, uuid = device.name, device.uuid
         correct = mangled(name)
@@ -171,7 +172,14 @@ def mangle(names: Names = None, control: Control = None) -> None:
             print(f"{name}: {uuid or '[no UUID]'}: {what} already in correct form")
             continue
         print(f"{name}: renaming to {correct}")
-        ask(control, "rename", m.Rename(name, correct), m.Done, about=name)
+        ask(
+            control,
+            "rename",
+            m.Rename(name, correct),
+            m.Done,
+            about=name,
+            command="mangle",
+        )
 
 
 def setgeometry(
@@ -202,7 +210,7 @@ def setgeometry(
             f"setgeometry {name}: Invalid argument: these must be numbers: {' '.join(words)}"
         )
     request = m.SetGeometry(name, *(int(word) for word in words))
-    ask(control, "set_geometry", request, m.Done, about=name)
+    ask(control, "set_geometry", request, m.Done, about=name, command="setgeometry")
 
 
 # ---- udev ----

@@ -127,7 +127,7 @@ def reset(
         )
     for each in found:
         request = m.Message(each, 0, ("reset",))
-        ask(control, "message", request, m.MessageAnswer, about=each)
+        ask(control, "message", request, m.MessageAnswer, about=each, command="reset")
 
 
 def _uris(plan: "ScratchPlan", uris: list[str]) -> list[list[str]]:

@@ -304,7 +304,7 @@ def _devices(
         raise NbdTargetError("Please specify device(s) or use --alldevices.")
     request = m.Info(tuple(names or ()))
     about = " ".join(names or ())
-    answer = ask(control, "info", request, m.InfoAnswer, about=about)
+    answer = ask(control, "info", request, m.InfoAnswer, about=about, command="stats")
     if names:
         return list(answer.devices)
     return sorted(answer.devices, key=lambda device: device.name)
@@ -343,7 +343,9 @@ def _find(name: str, number: int, control: str | None) -> Region:
 
 def _send(name: str, words: list[str], control: str | None) -> str:
     request = m.Message(name, 0, tuple(words))
-    answer = ask(control, "message", request, m.MessageAnswer, about=name)
+    answer = ask(
+        control, "message", request, m.MessageAnswer, about=name, command="stats"
+    )
     return answer.text or ""
 
 
@@ -358,7 +360,14 @@ def _ranges(
     """Yield the ranges, in the form of `@stats_create`."""
     if segments:
         request = m.Table((device.name,))
-        tables = ask(control, "table", request, m.LinesAnswer, about=device.name)
+        tables = ask(
+            control,
+            "table",
+            request,
+            m.LinesAnswer,
+            about=device.name,
+            command="stats",
+        )
         for line in tables.devices[0].lines:
             yield f"{line.start}+{line.length}"
     elif start is None and length is None:

@@ -38,7 +38,7 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     address = str(address_for(control, Remove(name)))
 
     def ask_server(verb: str, request: Request, answer_type: type[A]) -> A:
-        return ask(address, verb, request, answer_type, about=name)
+        return ask(address, verb, request, answer_type, about=name, command="uncache")
 
     with uncache_reporter(name, json=json) as reporter:
         return asyncio.run(job.uncache(name, ask_server, reporter))

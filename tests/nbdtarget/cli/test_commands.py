@@ -424,7 +424,9 @@ def test_setuuid_deferred_remove_and_retry(
     cli("create", "top", "--table", "0 8 linear /dev/mapper/low 0")
     cli("rename", "low", "--setuuid", "U-1")
     assert "UUID: U-1\n" in cli("info", "low")
-    assert "the device has a UUID" in cli("rename", "low", "--setuuid", "U", status=1)
+    said = cli("rename", "low", "--setuuid", "U", status=1)
+    assert said.startswith("nbdtarget: rename low: ")
+    assert "the device has a UUID" in said
     monkeypatch.setattr("nbdtarget.cli.devices.RETRY_S", 0.0)
     busy = (
         "nbdtarget: remove low: Device or resource busy: in use by the table of top\n"

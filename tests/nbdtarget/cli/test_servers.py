@@ -104,6 +104,24 @@ def test_each_job_is_asked_messaged_and_uncached_by_its_name(start: Start) -> No
     )
 
 
+def test_access_goes_to_the_server_that_has_the_export(start: Start) -> None:
+    start("export", "one")
+    start("export", "two")
+    says("access", "two", "ro any")
+    assert says("access", "two") == "two: ro any\n"
+    assert says("access", "one") == "one: rw any\n"
+    for words in (["access", "typo", "ro any"], ["access", "typo", "--clear"]):
+        refused = in_process(*words)
+        assert refused.returncode == 1
+        assert refused.stderr == (
+            "nbdtarget: access typo: no server has an export of this name; for one to come, say where with --control"
+            " (No such device or address)\n"
+        )
+    for name in ("one", "two"):
+        control = str(job_control_path(name))
+        assert "typo" not in says("access", "--control", control)
+
+
 def test_a_second_job_of_the_same_name_is_refused_in_one_line(
     start: Start, work: Path
 ) -> None:
