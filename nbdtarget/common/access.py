@@ -100,6 +100,15 @@ class Rule:
         return any(word.startswith("cert:") for word in self.text.split())
 
 
+RuleTexts = dict[str, tuple[str, ...]]  # the lines of each export
+
+
+def _texts_of(by_export: dict[str, tuple[Rule, ...]]) -> RuleTexts:
+    return {
+        name: tuple(rule.text for rule in rules) for name, rules in by_export.items()
+    }
+
+
 class AccessRules:
     """The rules of a server; see the module head. They may change at any time, for connections to come.
 
@@ -107,6 +116,7 @@ class AccessRules:
         default: of exports that have no rules of their own; None: everybody may read and write.
         by_export: of the configuration file.
         by_command: these win over those of the file.
+        kept: of devices that the file named when it was read before, and that are served although it does not any more.
     """
 
     def __init__(
@@ -117,13 +127,14 @@ class AccessRules:
         self.default = None if default is None else tuple(default)
         self.by_export = by_export or {}
         self.by_command: dict[str, tuple[Rule, ...]] = {}
+        self.kept: dict[str, tuple[Rule, ...]] = {}
 
     def of(self, export: str) -> tuple[Rule, ...] | None:
         """The rules that hold for an export; None: there are none."""
-        rules = self.by_command.get(export)
-        if rules is None:
-            rules = self.by_export.get(export, self.default)
-        return rules
+        for rules in (self.by_command, self.by_export, self.kept):
+            if export in rules:
+                return rules[export]
+        return self.default
 
     def access(self, export: str, client: Identity) -> Access:
         """Return the rights of a client on an export, whether it exists or not."""
@@ -142,22 +153,23 @@ class AccessRules:
         if rules is not None and rules != self.of(new):
             self.by_command[new] = rules
 
-    def texts(self) -> dict[str, tuple[str, ...]]:
-        """The rules that commands have set, for another process."""
-        return {
-            name: tuple(rule.text for rule in rules)
-            for name, rules in self.by_command.items()
-        }
+    def texts(self) -> tuple[RuleTexts, RuleTexts]:
+        """The rules that commands have set, and those that were kept, for another process, which reads the file itself."""
+        return _texts_of(self.by_command), _texts_of(self.kept)
 
-    def take_texts(self, texts: dict[str, tuple[str, ...]]) -> None:
+    def take_texts(self, by_command: RuleTexts, kept: RuleTexts) -> None:
         """Take what `texts` returned in another process. Raises: NbdTargetError."""
-        self.by_command = {name: parse_rules(rules) for name, rules in texts.items()}
+        self.by_command = {
+            name: parse_rules(rules) for name, rules in by_command.items()
+        }
+        self.kept = {name: parse_rules(rules) for name, rules in kept.items()}
 
     def all_rules(self) -> Iterable[Rule]:
         """Return all rules: the default ones, and those of each export."""
         yield from self.default or ()
-        for rules in (*self.by_export.values(), *self.by_command.values()):
-            yield from rules
+        for each in (self.by_export, self.by_command, self.kept):
+            for rules in each.values():
+                yield from rules
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:

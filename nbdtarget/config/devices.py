@@ -18,7 +18,7 @@ mistake anywhere nothing happens at all. Then:
 
 The file is compared with what it said at the last reading, and not with the live table. So a table that was
 changed by command since, or that has changed itself (a clone that became linear), is left alone until the
-file changes; the log says so. A device that is no longer in the file is still served, until a person
+file changes; the log says so. A device that is no longer in the file is still served, to the same clients, until a person
 removes it. A device whose new table is refused keeps the old one and does not hold up the others.
 """
 

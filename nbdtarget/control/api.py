@@ -58,8 +58,8 @@ class ControlServer:
 
     Attributes:
         address: with the port that was taken, once it is started.
-    Args:
         tokens: what requests must carry; on TCP there must be one.
+    Args:
         access: which users may connect to a unix socket.
         has_verbs: False: it serves metrics alone, and needs no token on TCP.
     """
@@ -76,7 +76,7 @@ class ControlServer:
         self._has_verbs = has_verbs
         self.address = address
         self._verbs = verbs
-        self._tokens = tokens
+        self.tokens = tokens
         self._listener: socket.socket | None = None
         self._answering: asyncio.Task[HttpServer] | None = None
         self._retry: Timer | None = None
@@ -111,7 +111,7 @@ class ControlServer:
         self._listen(listener)
 
     def _check_token(self) -> None:
-        if self._has_verbs and not self._tokens.are_needed(is_tcp=True):
+        if self._has_verbs and not self.tokens.are_needed(is_tcp=True):
             raise NbdTargetError(
                 f"{self.address}: a control socket on TCP needs a token"
                 f" (${TOKEN_VARIABLE} or --control-token-file; ${LOOK_TOKEN_VARIABLE} or"
@@ -131,8 +131,11 @@ class ControlServer:
         """Own a socket of another process; nothing is accepted before `resume`.
 
         Args: lock: of the path, if the path is to be ours.
+        Raises: NbdTargetError: no token.
         """
         self.address = address
+        if not isinstance(address, Path):
+            self._check_token()
         if lock is not None:
             self._taken = UnixSocket(listener, str(address), lock)
         self._listener = listener
@@ -213,7 +216,7 @@ class ControlServer:
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
         server: HttpServer = http.HttpServer(
             self._verbs,
-            tokens=self._tokens,
+            tokens=self.tokens,
             backlog_max=BACKLOG_MAX,
             has_verbs=self._has_verbs,
             is_tcp=not isinstance(self.address, Path),

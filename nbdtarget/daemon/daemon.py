@@ -333,13 +333,17 @@ class Daemon:
         path, fds = self._control.moved()
         listener, more = self._listener.moved_state()
         address = self._control.address
+        rules, kept_rules = self.security.rules.texts()
         moved = Moved(
             devices=tuple(parking.states),
             listener=listener,
             control=str(address),
             control_path=path,
+            tokens=self._control.tokens,
+            has_device_metrics=self.monitor.has_device_metrics,
             plan=self.plan(),
-            rules=self.security.rules.texts(),
+            rules=rules,
+            kept_rules=kept_rules,
         )
         if self._metrics is not None:
             metrics_path, metrics_fds = self._metrics.moved()
@@ -351,25 +355,26 @@ class Daemon:
             )
         return moved, fds + more
 
-    async def take_over(self, offer: Offer, *, tokens: ControlTokens) -> Moved:
+    async def take_over(self, offer: Offer) -> Moved:
         """Open what another process has handed over. I/O and clients wait until `go_on`.
 
         Raises: NbdTargetError: the other process goes on, and this one ends without touching anything.
         """
         self.has_handed_over = True  # to the other process, until `go_on`
         try:
-            return await self._take_over(offer, tokens)
+            return await self._take_over(offer)
         except NbdTargetError as error:
             await offer.fail(error)
             raise
 
-    async def _take_over(self, offer: Offer, tokens: ControlTokens) -> Moved:
+    async def _take_over(self, offer: Offer) -> Moved:
         moved, fds = await offer.receive()
+        self.monitor.has_device_metrics = moved.has_device_metrics
         self.monitor.start()
         control = ControlServer(
             self.verbs,
             control_address(moved.control),
-            tokens=tokens,
+            tokens=moved.tokens,
             access=self._control_access,
         )
         has_lock = moved.control_path is not None
@@ -382,8 +387,9 @@ class Daemon:
             sock, lock = metrics.take_descriptors(fds, has_lock=has_lock)
             metrics.take_over(sock, metrics.address, lock)
             self._metrics = metrics
-        self.security.rules.take_texts(moved.rules)
-        self.uris = self._listener.take_over(moved.listener, fds, self.security.of)
+        self.security.rules.take_texts(moved.rules, moved.kept_rules)
+        security = self.security
+        self.uris = self._listener.take_over(moved.listener, fds, security.taken_over)
         self._expiry = self.security.start_watching()
         await unpark(self.registry, moved.devices)
         self._moved = moved
@@ -449,7 +455,9 @@ class Daemon:
 
     def follow_rules(self, config: "Config") -> None:
         """A file was read again: take its rules, certificates and helpers, for what is to come."""
-        self.security.set_rules(config.access, config.access_by_export)
+        served = {device.dm_name for device in self.registry.devices()}
+        unnamed = served - {device.name for device in config.devices}
+        self.security.set_rules(config.access, config.access_by_export, unnamed)
         self.security.reload()
         self.take_helpers(config)
 

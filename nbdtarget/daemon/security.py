@@ -3,7 +3,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdtarget.common.access import AccessRules, parse_rules
@@ -61,12 +61,28 @@ class Security:
             address: ListenerTls(own.or_else(options.tls))
             for address, own in (listeners or {}).items()
         }
+        self._taken_over: list[ListenerTls] = []
         self.rules = AccessRules()
         self.set_rules(default, by_export or {})
 
     def of(self, address: str) -> ListenerTls:
         """TLS of the listener at `address`."""
         return self._of_listeners.get(address, self.tls)
+
+    def taken_over(self, options: TlsOptions) -> ListenerTls:
+        """Return TLS of a socket of another process: as it was there, and not as the configuration file says now.
+
+        From the first call on, only such sockets count: this process has no others. Raises: NbdTargetError.
+        """
+        for tls in self._taken_over:
+            if tls.options == options:
+                return tls
+        tls = ListenerTls(options)
+        self._taken_over.append(tls)
+        return tls
+
+    def _listeners(self) -> Sequence[ListenerTls]:
+        return self._taken_over or (self.tls, *self._of_listeners.values())
 
     def warn_of_openness(self, address: str) -> None:
         """Log a line if clients of that listener, which other machines can reach, are not asked who they are."""
@@ -93,18 +109,21 @@ class Security:
         self,
         default: tuple[str, ...] | None,
         by_export: Mapping[str, tuple[str, ...]],
+        keep: Container[str] = (),
     ) -> None:
         """Take the rules of a configuration file. The `default` rules of the command line win.
 
+        Args: keep: exports that the file does not name, and that are served: if it has named them before, their rules stay.
         Raises: NbdTargetError.
         """
         parsed = {name: parse_rules(rules) for name, rules in by_export.items()}
+        before = {**self.rules.kept, **self.rules.by_export}
+        self.rules.kept = {name: before[name] for name in before if name in keep}
         given = default if self._options.access is None else self._options.access
         self.rules.default = None if given is None else parse_rules(given)
         self.rules.by_export = parsed
-        listeners = (self.tls, *self._of_listeners.values())
         if any(rule.wants_certificate for rule in self.rules.all_rules()) and not any(
-            each.verifies_peer for each in listeners
+            each.verifies_peer for each in self._listeners()
         ):
             log.warning(
                 "rules with cert: match no client: no listener verifies certificates"
@@ -113,7 +132,7 @@ class Security:
 
     def reload(self) -> None:
         """Read all certificates again, for connections to come. An error is logged, and the old certificates stay."""
-        for tls in (self.tls, *self._of_listeners.values()):
+        for tls in self._listeners():
             try:
                 tls.reload()
             except NbdTargetError as error:
@@ -122,7 +141,7 @@ class Security:
     def certificates(self) -> dict[str, float]:
         """The certificate files of all listeners, and until when each is valid: Unix time."""
         found: dict[str, float] = {}
-        for tls in (self.tls, *self._of_listeners.values()):
+        for tls in self._listeners():
             if tls is not NO_TLS and tls.certificate_path is not None:
                 found[tls.certificate_path] = tls.expires_s
         return found
@@ -132,7 +151,7 @@ class Security:
         while True:
             await sleep(EXPIRY_PERIOD_S)
             try:
-                for tls in (self.tls, *self._of_listeners.values()):
+                for tls in self._listeners():
                     tls.warn_of_expiry()
             except Exception:
                 # A bug of ours. Tomorrow it is tried again.

@@ -113,7 +113,7 @@ async def serve_until_stopped(
             await daemon.open_control(address, tokens=tokens, passed=passed.control)
             await daemon.open_metrics(passed.metrics)
         else:
-            await daemon.take_over(offer, tokens=tokens)
+            await daemon.take_over(offer)
             try:
                 await _open_state(state, config, daemon)
             except NbdTargetError as error:

@@ -269,7 +269,7 @@ class Job(Generic[P]):
 
     async def _take_over(self, offer: Offer) -> tuple[P, MappedDevice]:
         """Go on where another process was; nothing is printed again."""
-        moved = await self._daemon.take_over(offer, tokens=control_tokens())
+        moved = await self._daemon.take_over(offer)
         plan: P = msgspec.msgpack.decode(moved.plan, type=self.plan_type)
         device = self._daemon.registry.get(plan.name)
         self._taken_over(plan)

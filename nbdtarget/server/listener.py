@@ -62,7 +62,7 @@ from nbdtarget.server.shares import Share, Shares
 from nbdtarget.server.spare_memory import SpareMemory
 from nbdtarget.server.stalls import Stalls
 from nbdtarget.server.states import HANDSHAKE
-from nbdtarget.server.tls import NO_TLS, ListenerTls
+from nbdtarget.server.tls import NO_TLS, ListenerTls, TlsOptions
 from nbdtarget.server.traffic import Accounts, Client
 from nbdtarget_protocol.handshake import TlsMode
 
@@ -105,14 +105,10 @@ class Listener:
         heap: Heap = LEFT_ALONE,
     ) -> None:
         self._hang_up_events = hang_up_events
-        self._limits = limits or Limits()
         self._directory = directory
         self._clock = clock or LoopClock()
+        self._heap = heap
         self._shared: Shared | None = None
-        self._pool = BufferPool(self._limits.pool_bytes_max)
-        self._spare_memory = SpareMemory(
-            self._clock, self._pool, heap, (ALIGNED_BUFFERS,)
-        )
         self._tls = tls
         self._rules = rules or AccessRules()
         self.accounts = Accounts()
@@ -124,7 +120,6 @@ class Listener:
         # The connections, and the origin of each, in the order of accepting, in which a shutdown tells them.
         self._connections: dict[Connection, str] = {}
         self._shaking: dict[Connection, None] = {}  # may hold some that are attached
-        self._admission = Admission(self._limits)
         self._refused = SayRarely(self._clock)
         self.nr_refused = 0
         self._moved: list[tuple[socket.socket, MovedConnection]] = []
@@ -132,6 +127,17 @@ class Listener:
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
         self._accept_timer: Timer | None = None
+        self._use(limits or Limits())
+
+    def _use(self, limits: Limits) -> None:
+        """Take these bounds: nothing is served yet."""
+        assert self._shared is None
+        self._limits = limits
+        self._pool = BufferPool(limits.pool_bytes_max)
+        self._spare_memory = SpareMemory(
+            self._clock, self._pool, self._heap, (ALIGNED_BUFFERS,)
+        )
+        self._admission = Admission(limits)
         self._stalls = Stalls(
             self._limits,
             self._clock,
@@ -285,9 +291,9 @@ class Listener:
             fds.append(fd)
             if taken is not None:
                 fds.append(taken.lock)
-            sockets.append(
-                SocketState(None if taken is None else taken.path, self._addresses[fd])
-            )
+            path = None if taken is None else taken.path
+            tls = self._tls_of[fd].options
+            sockets.append(SocketState(path, self._addresses[fd], tls))
         connections = []
         for connection, origin in list(self._connections.items()):
             moved = connection.moved_state()
@@ -297,7 +303,8 @@ class Listener:
             else:
                 connections.append(MovedConnection(origin, moved))
                 fds.append(connection.fileno)
-        return ListenerState(tuple(sockets), tuple(connections)), fds
+        state = ListenerState(tuple(sockets), tuple(connections), self._limits)
+        return state, fds
 
     def forget(self) -> None:
         """Close all descriptors: they are another process's now. No client is told anything, and no file removed."""
@@ -313,20 +320,24 @@ class Listener:
         self,
         moved: ListenerState,
         fds: Sequence[int],
-        tls_of: Callable[[str], ListenerTls | None] = lambda _: None,
+        tls_of: Callable[[TlsOptions], ListenerTls] = ListenerTls,
     ) -> list[str]:
         """Own the sockets of another process; nothing is accepted or served before `go_on`.
 
-        Args: tls_of: what is asked of clients of an address.
+        TLS of each socket and the bounds stay as they were there.
+
+        Args: tls_of: returns TLS with these options.
         Returns: the NBD URIs, as of `start`.
+        Raises: NbdTargetError: certificates cannot be read.
         """
+        self._use(moved.limits)
         self._share()
         left = list(fds)
         uris = []
         for each in moved.sockets:
             sock = socket.socket(fileno=left.pop(0))
             sock.setblocking(False)
-            tls = tls_of(each.address) or self._tls
+            tls = tls_of(each.tls)
             self._own(sock, tls, each.address)
             if each.path is not None:
                 taken = UnixSocket(sock, each.path, left.pop(0))

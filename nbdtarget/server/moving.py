@@ -7,6 +7,8 @@ lock of its path; then one for each connection.
 
 import msgspec
 
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.tls import TlsOptions
 from nbdtarget_protocol.handshake import Negotiated
 
 __all__ = ["ConnectionState", "ListenerState", "MovedConnection", "SocketState"]
@@ -35,17 +37,25 @@ class MovedConnection(msgspec.Struct, frozen=True):
 
 
 class SocketState(msgspec.Struct, frozen=True):
-    """One listening socket. `path`: of a unix socket whose path is ours; `address`: what was asked for."""
+    """One listening socket.
+
+    Attributes:
+        path: of a unix socket whose path is ours.
+        address: what was asked for.
+        tls: how it is served, whatever the configuration file says now.
+    """
 
     path: str | None
     address: str
+    tls: TlsOptions
 
 
 class ListenerState(msgspec.Struct, frozen=True):
-    """All sockets of a listener."""
+    """All sockets of a listener. `limits`: its bounds, whatever the configuration file says now."""
 
     sockets: tuple[SocketState, ...]
     connections: tuple[MovedConnection, ...]
+    limits: Limits
 
     @property
     def nr_descriptors(self) -> int:

@@ -4,7 +4,7 @@
 import logging
 import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdtarget.common.clock import wall_clock_s
@@ -80,6 +80,7 @@ class ListenerTls:
     """TLS of one listener.
 
     Attributes:
+        options: with the mode in words, also if only keys were given.
         mode: what STARTTLS gets.
         context: for new connections; None with `TlsMode.OFF`.
         certificate_path: the file with the server's certificate; None: there is none.
@@ -89,8 +90,8 @@ class ListenerTls:
     def __init__(self, options: TlsOptions) -> None:
         """Raises: NbdTargetError: see `TlsOptions.check`; a file is missing or wrong."""
         options.check()
-        self.options = options
         self.mode = options.tls_mode
+        self.options = replace(options, mode=self.mode.value)
         self.context: ssl.SSLContext | None = None
         self.certificate_path: str | None = None
         self.expires_s = 0.0

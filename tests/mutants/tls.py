@@ -11,6 +11,7 @@ STARTTLS: Final = ("tests/protocol/test_starttls.py",)
 SOCKET: Final = ("tests/nbdtarget/common/test_tls_socket.py",)
 RULES: Final = ("tests/nbdtarget/common/test_access.py",)
 CLIENTS: Final = ("tests/nbdtarget/server/test_negotiation.py",)
+UPGRADE: Final = ("tests/nbdtarget/daemon/test_daemon.py",)
 
 TLS: Final = (
     Mutant(
@@ -72,6 +73,34 @@ TLS: Final = (
         (("            sealed = self._take_sealed()\n", "            sealed = []\n"),),
         ("tests/nbdtarget/devices/nbd/test_tls.py",),
         hangs=True,
+    ),
+    Mutant(
+        "an-upgrade-serves-an-encrypted-socket-in-the-clear",
+        "A socket whose clients must use TLS is plain after an upgrade, when its address has gone from the file.",
+        "nbdtarget.daemon.daemon:Daemon._take_over",
+        (("fds, security.taken_over)", "fds, lambda _: security.tls)"),),
+        UPGRADE,
+    ),
+    Mutant(
+        "an-upgrade-drops-the-token",
+        "The control socket does what any client says after an upgrade, when the token has gone from the file.",
+        "nbdtarget.daemon.daemon:Daemon._take_over",
+        (("            tokens=moved.tokens,\n", ""),),
+        UPGRADE,
+    ),
+    Mutant(
+        "an-upgrade-forgets-the-rules-that-the-file-had",
+        "A device that has left the file, and is served on, is open to everybody after an upgrade.",
+        "nbdtarget.daemon.daemon:Daemon._take_over",
+        (("moved.kept_rules)", "{})"),),
+        UPGRADE,
+    ),
+    Mutant(
+        "rules-go-with-the-lines-of-the-file",
+        "A reload opens a device that is served on to everybody, because the file does not name it any more.",
+        "nbdtarget.daemon.daemon:Daemon.follow_rules",
+        (("config.access_by_export, unnamed)", "config.access_by_export)"),),
+        UPGRADE,
     ),
     Mutant(
         "no-rule-is-access",

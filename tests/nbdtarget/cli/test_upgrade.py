@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.figures import Events, EventsAnswer
 from nbdtarget.porcelain.trace_file import read_trace
+from tests.support.certificates import authority, needs_openssl
 from tests.support.clients import CloneUnderTest, refused
 from tests.support.patience import PATIENCE_S
-from tests.support.plain_client import PlainClient
+from tests.support.plain_client import PlainClient, PlainClientError
 from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
 MIB = 1 << 20
+
+
+def get(where: Path, url: str) -> bytes:
+    """Ask a socket of metrics or of control; the whole answer."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(where))
+        head = f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        client.sendall(head.encode())
+        return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 @pytest.mark.long
@@ -107,13 +118,6 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     )
     ControlClient(control).ask("create", m.Create("z", "0 8 zero"), m.Done)
 
-    def get(where: Path, url: str) -> bytes:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(where))
-            head = f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            client.sendall(head.encode())
-            return b"".join(iter(lambda: client.recv(65536), b""))
-
     for where in (metrics, control):
         answer = get(where, "/metrics")
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -130,3 +134,43 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     assert events.last > 0
     stop_stranger(pid)
     assert not metrics.exists()
+
+
+@needs_openssl
+def test_sockets_are_as_protected_as_before_whatever_the_file_says_now(
+    tmp_path: Path,
+) -> None:
+    """What only a restart applies is not applied by an upgrade, least of all when that opens what was closed."""
+    secure, plain, control = (tmp_path / each for each in ("tls", "plain", "control"))
+    metrics, token, config = (tmp_path / each for each in ("metrics", "token", "toml"))
+    token.write_text("correct-horse-battery\n")
+    begin = f'control = "{control}"\nmetrics = "{metrics}"\n[device.b]\ntable = "0 8 zero"\n'
+    config.write_text(
+        f'listen = ["unix:{plain}", {{ address = "unix:{secure}", tls = "require" }}]\n'
+        f'tls = "off"\ntls_certificates = "{authority()[1]}"\n'
+        f'control_token_file = "{token}"\nmetrics_devices = false\n{begin}'
+        '[device.a]\naccess = ["none any"]\ntable = "0 8 zero"\n'
+        "[limits]\nconnections_max = 3\n"
+    )
+    argv = [NBDTARGET, "serve", "--config", str(config)]
+    server = ServerProcess(argv, sockets=[secure, plain, metrics], log=tmp_path / "log")
+    config.write_text(f'listen = ["unix:{tmp_path}/other"]\n{begin}')
+    known = ControlClient(control, "correct-horse-battery")
+    for _ in range(2):  # the second process hands over what it was handed
+        pid = known.ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
+        assert server.child.wait(PATIENCE_S) == 0
+        version = known.ask("version", m.Version(), m.VersionAnswer)
+        assert version.pid == pid
+        schemes = [uri.partition(":")[0] for uri in version.uris]
+        assert schemes == ["nbd+unix", "nbds+unix"]
+        with pytest.raises(PlainClientError):
+            PlainClient(secure, "b")
+        with pytest.raises(PlainClientError):
+            PlainClient(plain, "a")
+        PlainClient(plain, "b").sock.close()
+        with pytest.raises(NbdTargetError, match="token"):
+            ControlClient(control).ask("version", m.Version(), m.VersionAnswer)
+        said = get(metrics, "/metrics")
+        assert b'device="' not in said
+        assert b'{bound="connections_max"} 3\n' in said
+    stop_stranger(pid)

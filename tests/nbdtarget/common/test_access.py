@@ -160,7 +160,11 @@ def test_rules_of_commands_move_to_another_process() -> None:
     rules.by_command["disk"] = parse_rules(["rw cert:alice", "none any"])
     rules.by_command["closed"] = ()
     other = AccessRules()
-    other.take_texts(rules.texts())
+    rules.kept["gone"] = parse_rules(["ro any"])
+    other.take_texts(*rules.texts())
     assert other.by_command == rules.by_command
+    assert other.kept == rules.kept
+    assert other.by_export == {}  # each process reads the file by itself
+    assert other.access("gone", ALICE) is Access.READ
     assert other.access("closed", ALICE) is Access.NONE
     assert other.access("disk", STRANGER) is Access.NONE

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno as errnos
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -258,3 +259,12 @@ def test_tokens_of_a_server_come_from_files_or_the_environment(
     file.write_text("short")
     with pytest.raises(NbdTargetError, match=f"{file}: the token must have 16"):
         control_tokens(None, str(file))
+
+
+async def test_tcp_socket_of_another_process_is_not_served_without_a_token() -> None:
+    server = ControlServer(Verbs(make_registry()[0]), Path())
+    with (
+        socket.socket() as listening,
+        pytest.raises(NbdTargetError, match="needs a token"),
+    ):
+        server.take_over(listening, TcpControl("127.0.0.1", 1), None)

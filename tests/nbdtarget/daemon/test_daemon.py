@@ -4,11 +4,25 @@
 import asyncio
 import os
 import signal
+from pathlib import Path
+from typing import cast
 
+import msgspec
 import pytest
 
+from nbdtarget.common.access import Access, Identity, parse_rules
+from nbdtarget.config.file import parse
+from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.daemon.handover.messages import Moved
+from nbdtarget.daemon.handover.taker import Offer
+from nbdtarget.daemon.metrics_options import MetricsOptions
+from nbdtarget.daemon.process import forget_what_hangs
+from nbdtarget.daemon.security import Security, SecurityOptions
+from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
+from nbdtarget.server.tls import TlsOptions
+from tests.support.certificates import authority, needs_openssl
 
 
 async def test_reloads_wait_for_the_start_and_for_each_other() -> None:
@@ -62,4 +76,67 @@ async def test_job_is_told_when_a_hand_over_has_failed(
     assert await server.freeze(5) == []
     await server.thaw()
     assert told == ["the job", "clients"]
+    await server.close()
+
+
+class Given:
+    """An offer of a server in this process: what `old` hands over."""
+
+    def __init__(self, old: Daemon) -> None:
+        self._old = old
+
+    async def receive(self) -> tuple[Moved, list[int]]:
+        moved, fds = self._old.moved(self._old.parking())
+        raw = msgspec.msgpack.encode(moved)
+        return msgspec.msgpack.decode(raw, type=Moved), [os.dup(fd) for fd in fds]
+
+    async def prepared(self) -> None:
+        self._old.has_handed_over = True
+
+
+@needs_openssl
+async def test_new_process_protects_what_it_takes_over_as_the_old_one_did(
+    tmp_path: Path,
+) -> None:
+    """Whatever its own options say: the configuration file may have changed since the old process read it."""
+    tls = SecurityOptions(TlsOptions("require", str(authority()[1]), True))
+    tokens = ControlTokens("correct-horse-battery", "only-a-quick-look-please")
+    limits = Limits(connections_max=3)
+    shy = MetricsOptions(f"{tmp_path}/metrics", has_devices=False)
+    old = Daemon(limits, security=Security(tls), metrics=shy)
+    await old.open_control(tmp_path / "control", tokens=tokens)
+    await old.open_metrics()
+    await old.listen([f"unix:{tmp_path}/nbd"])
+    old.security.rules.by_command["a"] = parse_rules(["rw uid:0"])
+    old.security.rules.kept["b"] = parse_rules(["ro uid:0"])
+    assert await old.freeze(5) == []
+    new = Daemon()
+    offer = cast(Offer, Given(old))
+    await new.take_over(offer)
+    await new.go_on(offer)
+    await old.close()
+    forget_what_hangs()
+    for server in old._http_servers():  # a process would end here
+        assert server._listener is not None
+        server._listener.close()
+    assert new._control is not None
+    assert new._control.tokens == tokens
+    assert new._listener.limits == limits
+    assert not new.monitor.has_device_metrics
+    assert [uri.partition(":")[0] for uri in new.uris] == ["nbds+unix"]
+    assert new.security.certificates()
+    assert new.security.rules.texts() == ({"a": ("rw uid:0",)}, {"b": ("ro uid:0",)})
+    await new.close()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_device_that_leaves_the_file_keeps_its_rules_while_it_is_served() -> None:
+    rules = {"a": ("none any",), "b": ("none any",)}
+    server = Daemon(security=Security(by_export=rules))
+    await server.registry.create("a", "0 8 zero")
+    server.follow_rules(parse("", "/x.toml", {}))
+    shown = [server.security.rules.access(name, Identity()) for name in "ab"]
+    assert shown == [Access.NONE, Access.WRITE]
+    server.follow_rules(parse("[device.a]", "/x.toml", {}))
+    assert server.security.rules.access("a", Identity()) is Access.WRITE
     await server.close()

@@ -52,6 +52,34 @@ def test_reload_takes_the_rules_of_the_file_and_leaves_those_of_commands() -> No
     assert security.rules.access("a", STRANGER) is Access.READ
 
 
+def test_device_that_leaves_the_file_and_is_served_on_keeps_its_rules() -> None:
+    security = Security(None, None, None, {"a": ("none any",), "b": ("none any",)})
+    security.set_rules(None, {}, keep={"a"})
+    shown = [security.rules.access(name, STRANGER) for name in "ab"]
+    assert shown == [Access.NONE, Access.WRITE]
+    security.set_rules(None, {}, keep={"a"})  # the next reload
+    assert security.rules.access("a", STRANGER) is Access.NONE
+    security.set_rules(None, {"a": ("ro any",)}, keep={"a"})  # the file says more
+    assert security.rules.access("a", STRANGER) is Access.READ
+    security.set_rules(None, {})  # it is in the file again, without rules
+    assert security.rules.access("a", STRANGER) is Access.WRITE
+
+
+@needs_openssl
+def test_socket_of_another_process_stays_as_it_was_there() -> None:
+    """Its address may have gone from the file, and the file may say `tls = "off"` by now."""
+    running = Security(SecurityOptions(TlsOptions(None, pki(), True))).tls.options
+    security = Security(SecurityOptions(TlsOptions("off")))
+    tls = security.taken_over(running)
+    assert tls.mode is TlsMode.REQUIRE
+    assert tls.verifies_peer
+    assert tls.context is not None
+    assert security.taken_over(running) is tls
+    assert list(security.certificates()) == [f"{pki()}/server-cert.pem"]
+    with pytest.raises(NbdTargetError, match="/nonexistent/"):
+        security.taken_over(TlsOptions("require", "/nonexistent"))
+
+
 @needs_openssl
 def test_listeners_differ() -> None:
     security = Security(

@@ -8,9 +8,12 @@ import msgspec
 import pytest
 
 from nbdtarget.server import rest
+from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.moving import ListenerState
+from nbdtarget.server.tls import ListenerTls, TlsOptions
 from nbdtarget_protocol import consts as c
+from tests.support.certificates import authority, needs_openssl
 from tests.support.patience import until
 from tests.support.peer import MIB, Disk, Peer, Served
 
@@ -145,6 +148,48 @@ async def test_replies_that_were_not_taken_come_whole(
     for at in range(8):
         reply = await peer.reply()
         assert reply.data == data[at * 1024 :][: MIB - 8192]
+
+
+@needs_openssl
+async def test_socket_that_asks_for_tls_does_so_in_the_other_process(
+    served: Served,
+) -> None:
+    tls = ListenerTls(TlsOptions("require", str(authority()[1])))
+    old = served.listener = Listener(served.directory)
+    await old.start(f"unix:{served.path}", tls)
+    await old.start(f"unix:{served.path}2")
+    await old.freeze(5)
+    moved, fds = old.moved_state()
+    fds = [os.dup(fd) for fd in fds]
+    old.forget()
+    new = served.listener = Listener(served.directory)
+    assert new.take_over(moved, fds) == [
+        f"nbds+unix:///{{name}}?socket={served.path}",
+        f"nbd+unix:///{{name}}?socket={served.path}2",
+    ]
+    new.go_on()
+    peer = await served.connect()
+    await peer.greet()
+    peer.option(c.OPT_LIST)
+    assert (await peer.option_reply())[0] == c.REP_ERR_TLS_REQD
+
+
+async def test_bounds_stay_what_they_were(served: Served) -> None:
+    """A client was told how much it may send in one request."""
+    served.limits = Limits(payload_max=1 << 20, connections_max=2)
+    await served.attach()
+    old = await served.start()
+    await old.freeze(5)
+    moved, fds = old.moved_state()
+    fds = [os.dup(fd) for fd in fds]
+    old.forget()
+    new = served.listener = Listener(served.directory)
+    new.take_over(moved, fds)
+    assert new.limits == served.limits
+    new.go_on()
+    await served.attach()
+    third = await served.connect()
+    assert await third.at_end()
 
 
 async def test_thaw_goes_on_with_what_came_meanwhile(served: Served) -> None:

@@ -10,9 +10,9 @@ import pytest
 from nbdtarget.daemon.handover import channel
 from nbdtarget.daemon.handover.channel import Channel, ChannelError
 from nbdtarget.daemon.handover.messages import Failed, Go, Hello, Moved, Prepared
-from nbdtarget.server.moving import ListenerState
+from tests.support.handover import moved
 
-MOVED = Moved((), ListenerState((), ()), "/run/c.sock", None, b"plan")
+MOVED = moved()
 
 
 @pytest.fixture

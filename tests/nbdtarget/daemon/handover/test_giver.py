@@ -15,8 +15,8 @@ from nbdtarget.daemon.handover.messages import FORMAT, Moved
 from nbdtarget.dm.handover import Parking
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.server.moving import ListenerState
 from tests.support.dm import make_registry
+from tests.support.handover import moved
 from tests.support.patience import PATIENCE_S
 
 # The new process: what it says, one after the other. "?" waits for a message; "." ends.
@@ -57,7 +57,7 @@ class Server:
 
     def moved(self, parking: Parking) -> tuple[Moved, list[int]]:
         self.log.append("moved")
-        return Moved(tuple(parking.states), ListenerState((), ()), "/c", None), []
+        return moved(parking.states), []
 
     async def hand_over(self, script: str) -> None:
         heir = await hand_over(self, [sys.executable, "-c", NEW, VARIABLE, script])
@@ -124,7 +124,7 @@ async def test_who_is_cancelled_after_go_does_not_go_on_beside_the_new_process(
         ("", "the other process has ended", []),
         (
             f'say(type="Hello", format={FORMAT + 1}, version="9"); hear()',
-            "is version 9, which hands over in format 2, and this is format 1: restart",
+            "is version 9, which hands over in format 3, and this is format 2: restart",
             [],
         ),
         ('say(type="Failed", reason="no config")', "^no config$", []),

@@ -19,9 +19,9 @@ from nbdtarget.daemon.handover.messages import (
     Prepared,
 )
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
-from nbdtarget.server.moving import ListenerState
+from tests.support.handover import moved
 
-MOVED = Moved((), ListenerState((), ()), "/run/c.sock", None)
+MOVED = moved()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ async def test_another_format_is_refused_on_both_sides(
 ) -> None:
     offer, old = ends
     await old.send(Hello(FORMAT + 1, "9.9"))
-    with pytest.raises(ChannelError, match=r"version 9\.9 hands over in format 2"):
+    with pytest.raises(ChannelError, match=r"version 9\.9 hands over in format 3"):
         await offer.receive()
     answer, _ = await old.receive(1)
     assert isinstance(answer, Hello)
