@@ -94,6 +94,7 @@ class ConfiguredDevices:
             config = read(self._config.path, self._registry.types, existing)
             self._say_what_stays(config, existing)
             self._was_read(config)
+            self._registry.reopenings.try_now()
             before = {device.name: device for device in self._config.devices}
             await self._forget(before.keys() - {each.name for each in config.devices})
             self._config = config

@@ -211,6 +211,12 @@ class Device:
     def reopening_undone(self) -> None:
         """The other device that `reopened` has returned is closed, and this one goes on as before."""
 
+    async def check_again(self) -> None:
+        """Look whether the disk could be opened once more by its name after it has been closed. It is not disturbed.
+
+        Raises: ResolveError: it is known that it could not, or that the name would lead to another disk.
+        """
+
     def note_bulk_read(self, nr_requests: int, nr_bytes: int) -> None:
         """A bulk copy has read so much from streams that the device has lent. Context: the event loop."""
 

@@ -115,6 +115,9 @@ class RoundedDevice(Device):
             return device
         return RoundedDevice(device)
 
+    async def check_again(self) -> None:
+        await self._inner.check_again()
+
     def reopening_undone(self) -> None:
         self._inner.reopening_undone()
 

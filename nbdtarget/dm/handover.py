@@ -6,6 +6,11 @@ dropped, so that its disks are closed. Bios that come meanwhile wait in the susp
 devices from what `Parking.states` says, with the same names, numbers and tables. If it cannot, the old process undoes the
 parking: it loads the same tables into its devices, and the bios go on.
 
+What is closed may not come open again: a file was renamed, or a server lets no new client in. So `Parking.check` looks
+beforehand, while everything runs, and refuses what is known to fail. What fails all the same is tried again and again, and its
+requests end with EIO meanwhile (`reopenings.py`). A name that leads to another disk by then is refused, in this process as in
+`check`: clients must not find another disk in the place of theirs.
+
 Upper devices are parked before those that they stand on, and made after them. Devices of the same height are parked and made
 side by side, because most of the time is spent waiting for disks.
 
@@ -19,14 +24,16 @@ Durable: after `Parking.park`, everything that has ended.
 """
 
 import asyncio
+import errno as errnos
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 
 from nbdtarget.common.clock import wait_within
-from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError, ResolveError, TableError
 from nbdtarget.devices.health import HealthState
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
@@ -38,6 +45,7 @@ __all__ = ["DeviceState", "Parking", "let_go", "refusals", "unpark"]
 log = logging.getLogger(__name__)
 
 PARK_S_MAX: Final = 20.0  # for each height of devices
+UNDO_S_MAX: Final = 5.0  # for a commit that is still under way
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +93,11 @@ def refusals(registry: Registry) -> list[str]:
 
 
 def _refusal(registry: Registry, device: MappedDevice) -> str:
+    if device in registry.reopenings:
+        reason = device.failure or "it does not answer"
+        return (
+            f"it could not be opened again after another hand-over had failed: {reason}"
+        )
     tables = [table for table in (device.active, device.inactive) if table is not None]
     for target in (target for table in tables for target in table.targets):
         if target.volatile_state:
@@ -115,7 +128,31 @@ class Parking:
         self._registry = registry
         self._parked: set[str] = set()
         self._begun: set[str] = set()
+        self._disks: dict[str, Hashable] = {}  # what each name led to at `check`
+        self._without_inactive: list[str] = []
+        self._names: dict[str, list[str]] = {}  # of the disks of each device
         self.states: list[DeviceState] = []
+
+    async def check(self) -> None:
+        """Look whether all disks could be opened again. Nothing is disturbed.
+
+        Raises: TableError: one of them could not.
+        """
+        opens = self._registry.opens
+        disks = opens.devices()
+        looks = [disk.check_again() for disk in disks]
+        results = await asyncio.gather(*looks, return_exceptions=True)
+        reasons = []
+        for disk, result in zip(disks, results, strict=True):
+            if isinstance(result, NbdTargetError):
+                holders = ", ".join(opens.holders(disk))
+                reasons.append(f"{holders}: {result}")
+            elif isinstance(result, BaseException):
+                raise result
+            self._disks[disk.loadable_name] = opens.opener.identity(disk.loadable_name)
+        if reasons:
+            reason = "; ".join(reasons)
+            raise TableError(f"cannot be opened again: {reason}", errnos.EBUSY)
 
     async def flush_ahead(self, within_s: float | None = PARK_S_MAX) -> None:
         """Flush all devices while they are in use, so that less is left to be flushed while clients wait.
@@ -143,6 +180,23 @@ class Parking:
         Durable: everything that has ended.
         """
         levels = _levels(self._registry)
+        opens = self._registry.opens
+        for disk in opens.devices():
+            name = disk.loadable_name
+            identity = opens.opener.identity(name)
+            if self._disks.setdefault(name, identity) != identity:
+                holders = ", ".join(opens.holders(disk))
+                reason = f"{holders}: {disk.name} has just become another disk"
+                raise TableError(reason, errnos.ESTALE)
+        self._names = {
+            device.dm_name: [
+                disk.loadable_name
+                for disk in opens.lower_devices(device)
+                if not isinstance(disk, MappedDevice)
+            ]
+            for level in levels
+            for device in level
+        }
         self.states = [
             _state_of(self._registry, device, height)
             for height, level in enumerate(levels)
@@ -163,30 +217,79 @@ class Parking:
         await device.drop_tables()
 
     async def undo(self) -> list[str]:
-        """Make all devices what they were. Returns a sentence for each that could not be."""
+        """Make all devices what they were. Returns a sentence for each that could not be; it is tried again."""
         failures: list[str] = []
 
         async def undo(state: DeviceState) -> None:
             try:
                 await self._undo(state)
             except NbdTargetError as error:
-                failures.append(f"{state.name}: {error}")
+                failures.append(
+                    f"{state.name} does not go on yet, and is tried again: {error}"
+                )
 
         for level in _by_height(self.states):
             await _all(undo(state) for state in level)
-        return failures
+        return failures + self._without_inactive
 
     async def _undo(self, state: DeviceState) -> None:
+        """Raises: NbdTargetError: the device is tried again."""
         device = self._registry.get(state.name)
         if state.name in self._parked:
-            await _load(self._registry, state)
-        if (
-            not state.is_suspended
-            and state.name in self._begun
-            and device.state is State.SUSPENDED
-            and device.active is not None
-        ):
-            await device.resume()
+            try:
+                await self._open_again(device, state)
+            except NbdTargetError:
+                attempt = partial(self._attempt, device, state)
+                self._registry.reopenings.start(device, attempt)
+                raise
+        elif state.name in self._begun and not state.is_suspended:
+            # Its suspend has failed: it runs already, or commits, and is suspended when that ends.
+            try:
+                await device.resume(within_s=UNDO_S_MAX)
+            except NbdTargetError:
+                self._registry.reopenings.start(device, partial(_resumed, device))
+                raise
+
+    async def _attempt(self, device: MappedDevice, state: DeviceState) -> bool:
+        if device.has_table:
+            return False
+        self._without_inactive.clear()
+        await self._open_again(device, state)
+        for sentence in self._without_inactive:
+            log.error("%s", sentence)
+        return True
+
+    async def _open_again(self, device: MappedDevice, state: DeviceState) -> None:
+        """Raises: NbdTargetError: it has no table then, and its requests end with EIO."""
+        try:
+            self._check_names(state)
+            await _load(self._registry, device, state)
+            is_left_suspended = state.is_suspended or device.active is None
+            if device.state is State.SUSPENDED and not is_left_suspended:
+                await device.resume()
+        except NbdTargetError as error:
+            await device.fail_without_table(str(error))
+            raise
+        device.failure = ""
+        try:
+            await _load_inactive(self._registry, device, state)
+        except NbdTargetError as error:
+            # A person can load it again. Clients need not wait for that.
+            sentence = f"{device.dm_name}: goes on, without its inactive table: {error}"
+            self._without_inactive.append(sentence)
+
+    def _check_names(self, state: DeviceState) -> None:
+        """Raises: ResolveError: a name leads to another disk than the one that was closed."""
+        opener = self._registry.opens.opener
+        for name in self._names[state.name]:
+            if opener.identity(name) != self._disks[name]:
+                reason = "the disk that was open is not found under this name any more"
+                raise ResolveError(name, reason, errnos.ESTALE)
+
+
+async def _resumed(device: MappedDevice) -> bool:
+    await device.resume(within_s=UNDO_S_MAX)
+    return True
 
 
 async def unpark(registry: Registry, states: Sequence[DeviceState]) -> None:
@@ -213,24 +316,30 @@ async def _make(registry: Registry, state: DeviceState) -> None:
         minor=state.minor,
         rotational=state.rotational,
     )
-    await _load(registry, state)
+    await _load(registry, device, state)
+    await _load_inactive(registry, device, state)
     if state.is_below and state.table and not state.is_suspended:
         await device.resume()
 
 
-async def _load(registry: Registry, state: DeviceState) -> None:
+async def _load(registry: Registry, device: MappedDevice, state: DeviceState) -> None:
     """Give a device without tables those that it had; it stays suspended."""
-    device = registry.get(state.name)
+    name = device.dm_name  # which a command may have changed
     if state.table:
-        await registry.load(state.name, state.table, read_only=state.read_only)
+        await registry.load(name, state.table, read_only=state.read_only)
         await device.activate()
-    if state.inactive:
-        await registry.load(
-            state.name, state.inactive, read_only=state.inactive_read_only
-        )
     device.geometry = None if state.geometry is None else Geometry(*state.geometry)
     device.events.nr = state.event_nr
     device.statistics.restore(state.regions)
+
+
+async def _load_inactive(
+    registry: Registry, device: MappedDevice, state: DeviceState
+) -> None:
+    if state.inactive:
+        await registry.load(
+            device.dm_name, state.inactive, read_only=state.inactive_read_only
+        )
 
 
 def _state_of(registry: Registry, device: MappedDevice, height: int) -> DeviceState:

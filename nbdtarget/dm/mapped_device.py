@@ -209,6 +209,23 @@ class MappedDevice(AnswersQuestions):
                 if table is not None:
                     await self._destroy(table)
 
+    async def fail_without_table(self, reason: str) -> None:
+        """Be a device whose disks could not be opened: without tables, with `failure`, and every request ends with EIO.
+
+        For one that is suspended, or has no table. What waits in it ends with EIO, too.
+        """
+        async with self._verbs:
+            assert self.active is None or self.state is State.SUSPENDED
+            tables, self.inactive = (self.active, self.inactive), None
+            self._adopt(None)
+            for table in tables:
+                if table is not None:
+                    await self._destroy(table)
+            is_news, self.failure = reason != self.failure, reason
+            self._path.let_go()
+            if is_news:
+                self.event()
+
     async def suspend(
         self, *, noflush: bool = False, within_s: float | None = None
     ) -> None:

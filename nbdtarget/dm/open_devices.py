@@ -253,7 +253,7 @@ class OpenDevices:
             lock = self._locks[identity] = asyncio.Lock()
         return lock
 
-    def holders(self, device: MappedDevice) -> list[str]:
+    def holders(self, device: Device) -> list[str]:
         """The names of the mapped devices whose tables, live or inactive, hold `device` open."""
         opened = (*self._opens.values(), *self._unusable)
         uses = [use for each in opened if each.device is device for use in each.uses]

@@ -27,6 +27,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.names import NAME_LENGTH_MAX, check_name, check_uuid, free_minor
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
+from nbdtarget.dm.reopenings import Reopenings
 from nbdtarget.dm.replacements import Replacements
 from nbdtarget.dm.table import Table, TargetSpec, construct_table, parse_table
 from nbdtarget.targets.base import Target
@@ -65,6 +66,7 @@ class Registry:
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
         self.replacements = Replacements(self)
+        self.reopenings = Reopenings()
         self._deferred = Tasks(failed=_report_deferred)
         self._is_closing = False
         self._uncommitted: list[str] = []  # names of removed devices
@@ -564,6 +566,7 @@ class Registry:
             only what its last FLUSH made durable.
         """
         self._is_closing = True
+        await self.reopenings.close()
         stops = [
             asyncio.create_task(device.stop_if_suspended())
             # One that is being suspended now: what it waits for is let go here.

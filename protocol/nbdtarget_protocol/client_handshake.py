@@ -134,6 +134,7 @@ class ClientHandshake:
     Attributes:
         negotiated: set when the transmission phase begins.
         error: set when there will be none; send what is queued and close.
+        has_hung_up: the error is that the server has hung up, without a word.
         starts_tls: the caller must start TLS, and call `tls_started` then.
     """
 
@@ -161,6 +162,7 @@ class ClientHandshake:
         self.replies_max = replies_max
         self.negotiated: ClientNegotiated | None = None
         self.error: HandshakeError | None = None
+        self.has_hung_up = False
         self.structured = False
         self.extended = False
         self._no_zeroes = False
@@ -202,6 +204,7 @@ class ClientHandshake:
         """Take the end of the stream: an error, unless the handshake was over."""
         if self.negotiated is not None or self.error is not None:
             return
+        self.has_hung_up = True
         if self.starts_tls:
             self.error = HandshakeError("server hung up during the TLS handshake")
         elif self._option == OPT_EXPORT_NAME:

@@ -18,6 +18,7 @@ GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 UNIX_SOCKET: Final = ("tests/nbdtarget/common/test_unix_socket.py",)
 STOP: Final = ("tests/nbdtarget/daemon/test_stop.py",)
 REST: Final = ("tests/nbdtarget/server/test_rest.py",)
+HANDOVER: Final = ("tests/nbdtarget/dm/test_handover.py",)
 TRAFFIC: Final = ("tests/nbdtarget/server/test_traffic.py",)
 
 SERVER: Final = (
@@ -83,6 +84,46 @@ SERVER: Final = (
         "The old process goes on although the new one does: two processes write the same disks.",
         "nbdtarget.daemon.handover.giver:_give",
         (("        channel.send_now(", "        await channel.send("),),
+        ("tests/nbdtarget/daemon/handover/test_giver.py",),
+    ),
+    Mutant(
+        "another-disk-opened-after-a-hand-over-failed",
+        "A file was renamed, and another one made in its place: clients go on with the other one, without a word.",
+        "nbdtarget.dm.handover:Parking._check_names",
+        (
+            (
+                "            if opener.identity(name) != self._disks[name]:\n",
+                "            if False:\n",
+            ),
+        ),
+        HANDOVER,
+    ),
+    Mutant(
+        "devices-lost-by-a-hand-over-hang",
+        "A device that could not be opened again keeps its clients waiting for ever.",
+        "nbdtarget.dm.mapped_device:MappedDevice.fail_without_table",
+        (("            self._path.let_go()\n", ""),),
+        HANDOVER,
+        hangs=True,
+    ),
+    Mutant(
+        "devices-lost-by-a-hand-over-not-tried-again",
+        "A device that could not be opened again stays closed when its server is back.",
+        "nbdtarget.dm.handover:Parking._undo",
+        (
+            (
+                "                self._registry.reopenings.start(device, attempt)\n",
+                "                pass\n",
+            ),
+        ),
+        HANDOVER,
+        hangs=True,
+    ),
+    Mutant(
+        "a-disk-that-has-gone-is-closed-for-a-hand-over",
+        "An upgrade that can be known to fail takes the disk from its clients.",
+        "nbdtarget.daemon.handover.giver:_give",
+        (("    await parking.check()\n", ""),),
         ("tests/nbdtarget/daemon/handover/test_giver.py",),
     ),
     Mutant(

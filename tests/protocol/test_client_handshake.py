@@ -315,7 +315,9 @@ def test_server_that_breaks_the_rules(data: bytes, sentence: str) -> None:
 def test_server_that_hangs_up(data: bytes, sentence: str) -> None:
     handshake, _ = feed_client(data)
     assert handshake.error is None
+    assert not handshake.has_hung_up
     handshake.receive_eof()
+    assert handshake.has_hung_up
     assert str(handshake.error) == sentence
     handshake.receive_eof()
     assert str(handshake.error) == sentence

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hand_over`: the old process's side of a hand-over.
 
-    1  the new program is started, and loads its code; all devices are flushed; clients notice nothing yet
+    1  the new program is started, and loads its code; all devices are flushed, and it is looked whether their disks can be opened
+       again; clients notice nothing yet
     2  no connection is accepted and no request begun any more; those that have begun end
     3  all devices are suspended, which flushes and commits, and their disks are closed
     4  everything is sent; the new process opens the disks
     5  Go: this process does nothing any more
 
 The pause that clients notice is from 2 to 5. If anything goes wrong before 5, the new process is killed, the devices are opened
-again, and everything goes on here. Each step has a bound.
+again, and everything goes on here. Each step has a bound. A device that cannot be opened again then is named in the error, and
+tried again and again (`nbdtarget.dm.reopenings`). No client is disconnected before 5.
 
 Durable: after 3, everything that has ended. At no time do two processes have the same disk open for writing.
 """
@@ -72,7 +74,7 @@ class Giving(Protocol):
 async def hand_over(giving: Giving, argv: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start `argv`, and hand everything over to it. Returns the new process.
 
-    Raises: NbdTargetError: everything goes on here as before; what could not be opened again is in the log.
+    Raises: NbdTargetError: everything goes on here as before, but for devices that it says could not be opened again.
     """
     ours, theirs = socket.socketpair()
     channel = Channel(ours)
@@ -104,6 +106,7 @@ async def _give(
     """Do the hand-over from the moment when clients are held back. Raises: NbdTargetError: it has been undone."""
     parking = giving.parking()
     await parking.flush_ahead()
+    await parking.check()
     begun_ns = monotonic_ns()
     try:
         if busy := await giving.freeze(REST_S_MAX):
@@ -117,13 +120,17 @@ async def _give(
         await _expect(channel, Prepared, PREPARE_S_MAX)
         # Not `send`: it could be cancelled after Go has left, and then two processes would go on.
         channel.send_now(Go((monotonic_ns() - begun_ns) / 1e9))
-    except BaseException:
+    except BaseException as error:
         # It may have disks open, which are to be opened here again.
         await _kill(process)
-        for failure in await parking.undo():
-            log.error("not handed over, and not open any more: %s", failure)
+        failures = await parking.undo()
         await giving.thaw()
-        raise
+        for failure in failures:
+            log.error("not handed over, and not as before: %s", failure)
+        if not failures or not isinstance(error, NbdTargetError):
+            raise
+        what = f"not everything goes on as before: {'; '.join(failures)}"
+        raise TableError(f"{error}; {what}", errnos.EIO) from error
     log.info("handed over after %.3f s", (monotonic_ns() - begun_ns) / 1e9)
 
 

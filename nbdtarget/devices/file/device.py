@@ -72,6 +72,7 @@ from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.bulk_streams import BulkStream
+from nbdtarget.devices.file.again import check_path
 from nbdtarget.devices.file.bulk import STREAMS, Behind, FileStream, FileWriter
 from nbdtarget.devices.file.closing import close_descriptors
 from nbdtarget.devices.file.extents import find_extents
@@ -116,6 +117,7 @@ class FileDevice(Device):
     """An open regular file or block device. Made in `open.py`.
 
     Attributes:
+        path: by which it was opened.
         open_beside: opens it once more, with the lock of this one.
         open_flags: for open(2), besides the usual ones.
         threads_max: of its pool of workers.
@@ -124,6 +126,7 @@ class FileDevice(Device):
     may_be_container = True
     open_flags: ClassVar[int] = 0
     threads_max: ClassVar[int] = THREADS_MAX
+    path: str
     open_beside: Callable[["FileDevice", str, bool], Awaitable["FileDevice"]]
 
     def __init__(
@@ -340,6 +343,10 @@ class FileDevice(Device):
         self._fd = self._lock_fd = -1
         if fds:
             await close_descriptors(self.name, fds)
+
+    async def check_again(self) -> None:
+        look = partial(check_path, self.name, self.path, self._fd)
+        await asyncio.to_thread(look, read_only=self.read_only)
 
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         if self.read_only and not read_only:

@@ -79,7 +79,7 @@ async def open_file(
     device = await _make(
         name, opening, read_only=read_only, lock_fd=lock_fd, beside=beside, kind=kind
     )
-    device.open_beside = partial(_open_beside, path)
+    device.path, device.open_beside = path, partial(_open_beside, path)
     return device
 
 
@@ -100,7 +100,7 @@ async def create_file(
     create = partial(_create, name, path, size, sparse, kind.open_flags)
     undo = partial(os.unlink, path)
     device = await _make(name, create, read_only=False, undo=undo, kind=kind)
-    device.open_beside = partial(_open_beside, path)
+    device.path, device.open_beside = path, partial(_open_beside, path)
     return device
 
 

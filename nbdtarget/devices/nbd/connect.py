@@ -3,16 +3,22 @@
 
 import errno as errnos
 import logging
+from typing import Final
 
+from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.nbd.connection import NbdConnection, connect, wait_until_ended
 from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated
 
-__all__ = ["AnotherDisk", "check_same", "connect_all", "usable_size"]
+__all__ = ["AnotherDisk", "check_again", "check_same", "connect_all", "usable_size"]
 
 log = logging.getLogger(__name__)
+
+CHECK_S_MAX: Final = 3.0
+# A server that serves one client at a time lets the others wait, or hangs up. It will take us when the connections that we have are closed.
+_MAY_BE_FULL: Final = (errnos.ECONNRESET, errnos.EPIPE, errnos.ETIMEDOUT)
 
 
 class AnotherDisk(ResolveError):
@@ -90,3 +96,24 @@ def check_same(
         if old != new:
             reason = f"is another disk now: its {what} is {new} bytes, not {old}"
             raise AnotherDisk(name, reason)
+
+
+async def check_again(
+    name: str, uri: NbdUri, size: int, before: ClientNegotiated, *, read_only: bool
+) -> None:
+    """Look whether the server would take one more connection to the same disk: see `Device.check_again`."""
+    try:
+        async with timeout(CHECK_S_MAX):
+            connection = await connect(name, uri)
+    except TimeoutError:
+        return
+    except ResolveError as error:
+        if error.errno in _MAY_BE_FULL:
+            log.info("%s: it is not known whether it can be opened again", error)
+            return
+        raise
+    try:
+        _check(name, connection.negotiated, read_only=read_only)
+        check_same(name, size, before, connection.negotiated)
+    finally:
+        connection.close()

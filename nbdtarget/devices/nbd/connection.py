@@ -466,7 +466,8 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
             handshake, ready = await _shake_hands(name, sock, uri)
         if handshake.error is not None:
             ready.close()  # with the end of TLS, which has to follow ABORT
-            raise ResolveError(name, str(handshake.error))
+            errno = errnos.ECONNRESET if handshake.has_hung_up else errnos.EINVAL
+            raise ResolveError(name, str(handshake.error), errno)
         return NbdConnection(ready, handshake, uri)
     except TimeoutError:
         sock.close()

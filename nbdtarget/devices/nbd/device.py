@@ -62,7 +62,6 @@ from typing import Final
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
-    NO_UNMAP,
     OP_CACHE,
     OP_DISCARD,
     OP_FLUSH,
@@ -80,6 +79,7 @@ from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.block_status import BlockStatus, Runs
 from nbdtarget.devices.nbd.connect import (
     AnotherDisk,
+    check_again,
     check_same,
     connect_all,
     usable_size,
@@ -88,7 +88,7 @@ from nbdtarget.devices.nbd.connection import NbdConnection, connect
 from nbdtarget.devices.nbd.held import HeldReads
 from nbdtarget.devices.nbd.lent import LentConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
-from nbdtarget.devices.nbd.writes import Writes
+from nbdtarget.devices.nbd.writes import Writes, zero_flags
 from nbdtarget.devices.ranged.traffic import Traffic
 from nbdtarget_metadata.disks import Evidence
 from nbdtarget_protocol import consts
@@ -325,6 +325,10 @@ class NbdDevice(Device):
         connection.close()
         return usable_size(connection.negotiated)
 
+    async def check_again(self) -> None:
+        uri, before = parse_nbd_uri(self.bare_name), self._connections[0].negotiated
+        await check_again(self.name, uri, self.size, before, read_only=self.read_only)
+
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         """Connect now, if the server has been lost. If it has another disk now, the name means that one."""
         if not self._is_lost or self.read_only is not read_only or self.changed:
@@ -537,7 +541,7 @@ class NbdDevice(Device):
                 flags = consts.CMD_FLAG_FUA
             if op == OP_WRITE_ZEROES:
                 if self.can_write_zeroes:
-                    flags |= _zero_flags(bio.flags)
+                    flags |= zero_flags(bio.flags)
                 else:
                     command = consts.CMD_WRITE
         payload = bio.payload if op == OP_WRITE else None
@@ -687,11 +691,6 @@ async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
     uri = parse_nbd_uri(name)
     connecting = partial(connect_all, name, uri, read_only=read_only)
     return NbdDevice(name, await connecting(), connecting, read_only=read_only)
-
-
-def _zero_flags(flags: int) -> int:
-    wire = consts.CMD_FLAG_NO_HOLE if flags & NO_UNMAP else 0
-    return wire | (consts.CMD_FLAG_FAST_ZERO if flags & FAST_ZERO else 0)
 
 
 def _no_endio(_: Bio) -> None:

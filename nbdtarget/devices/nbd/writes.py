@@ -11,10 +11,17 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from nbdtarget.bio import FUA, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import FAST_ZERO, FUA, NO_UNMAP, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.turns import Tasks
+from nbdtarget_protocol import consts
 
-__all__ = ["Writes"]
+__all__ = ["Writes", "zero_flags"]
+
+
+def zero_flags(flags: int) -> int:
+    """Return the flags on the wire of a WRITE_ZEROES with the flags of a bio."""
+    wire = consts.CMD_FLAG_NO_HOLE if flags & NO_UNMAP else 0
+    return wire | (consts.CMD_FLAG_FAST_ZERO if flags & FAST_ZERO else 0)
 
 
 class Writes:

@@ -123,6 +123,9 @@ class PackedDevice(Device):
     def nr_in_flight(self) -> int:
         return len(self._waiting) + len(self._ahead)
 
+    async def check_again(self) -> None:
+        await self._inner.check_again()
+
     def give_up_reads(self) -> None:
         self._fail_all()
         self._inner.give_up_reads()

@@ -1,18 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices that are parked in one process, and made again in another, or in the same one."""
 
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from nbdtarget.common.errors import TableError
+from nbdtarget.bio import Bio
+from nbdtarget.common.errors import DeviceError, TableError
+from nbdtarget.devices import resolve
 from nbdtarget.devices.health import Bequest
+from nbdtarget.dm import handover
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.handover import DeviceState, Parking, let_go, refusals, unpark
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
+from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
+from nbdtarget.targets.registry import TARGET_TYPES
 from tests.support.dm import RamOpener, make_registry
+from tests.support.patience import until
 
 SIZES = {"a": 8192, "b": 8192}
+
+
+class LateTarget(Target):
+    """Its last commit ends when `may_end` is set."""
+
+    type_name = "late"
+    version = (0, 0, 1)
+    may_end: asyncio.Event
+
+    @classmethod
+    async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "LateTarget":
+        return cls(ctx)
+
+    def map(self, bio: Bio) -> int:
+        bio.end(0)
+        return SUBMITTED
+
+    async def postsuspend(self) -> None:
+        await self.may_end.wait()
 
 
 async def stack() -> tuple[Registry, RamOpener]:
@@ -121,9 +150,158 @@ async def test_undo_says_what_could_not_be_opened_again() -> None:
     await parking.park()
     del opener.sizes["/b"]
     (failure,) = await parking.undo()
-    assert failure.startswith("other: ")
+    assert failure.startswith("other does not go on yet, and is tried again: ")
     assert "No such file or directory" in failure
     assert registry.get("high").state is State.ACTIVE
+    await registry.close()
+
+
+async def test_what_could_not_be_opened_again_fails_its_requests_and_is_tried_again() -> (
+    None
+):
+    """A client that is attached gets errors meanwhile, and does not hang."""
+    registry, opener = make_registry(**SIZES)
+    await registry.create("low", "0 16 linear /a 0")
+    await registry.create("high", "0 16 linear /dev/mapper/low 0")
+    high = registry.acquire("high")
+    parking = Parking(registry)
+    await parking.park()
+    waiting = asyncio.create_task(high.read(0, 512))
+    await asyncio.sleep(0)
+    del opener.sizes["/a"]
+    failures = await parking.undo()
+    assert [each.partition(" ")[0] for each in failures] == ["low", "high"]
+    with pytest.raises(DeviceError):
+        await waiting
+    with pytest.raises(DeviceError):
+        await high.flush()
+    assert "No such file or directory" in registry.get("low").failure
+    assert registry.why_missing("high").startswith("export 'high' cannot be served now")
+    for name in ("low", "high"):
+        found = [each for each in refusals(registry) if each.startswith(f"{name}: it")]
+        assert len(found) == 1
+    opener.sizes["/a"] = 8192
+    registry.reopenings.try_now()
+    await until(lambda: high.active is not None and high.state is State.ACTIVE)
+    assert await high.read(0, 512) == bytes(512)
+    await until(lambda: refusals(registry) == [])
+    assert registry.get("low").failure == ""
+    registry.release(high)
+    await registry.close()
+    assert opener.still_open == []
+
+
+async def test_a_table_that_was_loaded_by_command_is_not_replaced() -> None:
+    registry, opener = await stack()
+    parking = Parking(registry)
+    await parking.park()
+    del opener.sizes["/b"]
+    assert len(await parking.undo()) == 1
+    other = registry.get("other")
+    await registry.load("other", "0 8 linear /a 0", read_only=True)
+    await registry.resume("other")
+    opener.sizes["/b"] = 8192
+    registry.reopenings.try_now()
+    await until(lambda: other not in registry.reopenings)
+    assert other.table() == [(0, 8, "linear", "/a 0")]
+    await registry.close()
+    assert opener.still_open == []
+
+
+async def test_a_name_that_leads_to_another_disk_by_now_is_not_opened_again(
+    tmp_path: Path,
+) -> None:
+    path, moved = tmp_path / "d", tmp_path / "moved"
+    path.write_bytes(bytes(4096))
+    registry = Registry(resolve)
+    await registry.create("d", f"0 8 linear {path} 0")
+    parking = Parking(registry)
+    await parking.check()
+    await parking.park()
+    path.rename(moved)
+    path.write_bytes(b"x" * 4096)
+    (failure,) = await parking.undo()
+    assert "the disk that was open is not found under this name any more" in failure
+    moved.rename(path)
+    registry.reopenings.try_now()
+    device = registry.get("d")
+    await until(lambda: device.state is State.ACTIVE and device.active is not None)
+    assert await device.read(0, 512) == bytes(512)
+    await registry.close()
+
+
+async def test_what_cannot_be_opened_again_is_refused_while_it_is_in_use(
+    tmp_path: Path,
+) -> None:
+    path, moved = tmp_path / "d", tmp_path / "moved"
+    path.write_bytes(bytes(4096))
+    registry = Registry(resolve)
+    await registry.create("d", f"0 8 linear {path} 0")
+    await Parking(registry).check()
+    path.rename(moved)
+    with pytest.raises(TableError, match=r"d: .*No such file.* was renamed"):
+        await Parking(registry).check()
+    path.write_bytes(bytes(4096))
+    with pytest.raises(TableError, match=r"d: .*/d: is another file now"):
+        await Parking(registry).check()
+    assert await registry.get("d").read(0, 512) == bytes(512)
+    await registry.close()
+
+
+async def test_a_name_that_has_just_become_another_disk_stops_the_parking(
+    tmp_path: Path,
+) -> None:
+    path, moved = tmp_path / "d", tmp_path / "moved"
+    path.write_bytes(bytes(4096))
+    registry = Registry(resolve)
+    await registry.create("d", f"0 8 linear {path} 0")
+    parking = Parking(registry)
+    await parking.check()
+    path.rename(moved)
+    path.write_bytes(bytes(4096))
+    with pytest.raises(TableError, match="has just become another disk"):
+        await parking.park()
+    assert await parking.undo() == []
+    assert registry.get("d").state is State.ACTIVE
+    await registry.close()
+
+
+async def test_a_commit_that_is_still_under_way_is_waited_for_on_the_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its device is suspended when that ends. No person has asked for that, so it goes on by itself."""
+    monkeypatch.setattr(handover, "UNDO_S_MAX", 0.01)
+    opener = RamOpener()
+    registry = Registry(opener, types={**TARGET_TYPES, "late": LateTarget})
+    LateTarget.may_end = asyncio.Event()
+    await registry.create("x", "0 16 late")
+    device = registry.get("x")
+    parking = Parking(registry)
+    with pytest.raises(TableError, match="while the device commits"):
+        await parking.park(0.01)
+    (failure,) = await parking.undo()
+    assert failure.startswith("x does not go on yet, and is tried again: ")
+    assert device.active is not None
+    LateTarget.may_end.set()
+    registry.reopenings.try_now()
+    await until(lambda: device.state is State.ACTIVE)
+    await registry.close()
+
+
+async def test_an_inactive_table_that_is_lost_keeps_no_device_from_going_on() -> None:
+    registry, opener = await stack()
+    await registry.load("other", "0 16 linear /a 0", read_only=True)
+    high = registry.get("high")
+    await registry.load("high", "0 8 linear /b 0", read_only=True)
+    parking = Parking(registry)
+    await parking.park()
+    del opener.sizes["/b"]
+    failures = await parking.undo()
+    assert len(failures) == 2
+    assert failures[1].startswith("high: goes on, without its inactive table: ")
+    assert high.state is State.ACTIVE
+    assert high not in registry.reopenings
+    await high.write(0, bytes(512))
     await registry.close()
 
 

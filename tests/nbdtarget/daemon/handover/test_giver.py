@@ -4,6 +4,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from nbdtarget.daemon.handover import giver
 from nbdtarget.daemon.handover.channel import Channel
 from nbdtarget.daemon.handover.giver import VARIABLE, hand_over
 from nbdtarget.daemon.handover.messages import FORMAT, Moved
+from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
@@ -41,7 +43,7 @@ class Server:
 
     def __init__(self) -> None:
         self.registry: Registry
-        self.registry, _ = make_registry(a=8192)
+        self.registry, self.opener = make_registry(a=8192)
         self.log: list[str] = []
         self.busy: list[str] = []
 
@@ -150,6 +152,34 @@ async def test_a_new_process_that_fails_leaves_everything_as_it_was(
     with pytest.raises(NbdTargetError, match=reason):
         await server.hand_over(script)
     server.check_goes_on(log)
+
+
+async def test_a_disk_that_cannot_be_opened_again_is_named_with_the_reason(
+    server: Server,
+) -> None:
+    del server.opener.sizes["/a"]  # it is open, and could not be opened once more
+    with pytest.raises(
+        NbdTargetError, match=r"^no disk; not .*: d does not.*/a: No such file"
+    ):
+        await server.hand_over(HELLO + 'say(type="Failed", reason="no disk")')
+    assert server.log == ["freeze", "moved", "thaw"]
+    device = server.registry.get("d")
+    assert device.state is State.ACTIVE
+    assert "No such file" in device.failure
+
+
+async def test_a_disk_that_is_known_to_have_gone_refuses_before_clients_wait(
+    server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    server.registry.opens.opener = resolve
+    await server.registry.create("f", f"0 8 linear {path} 0")
+    path.unlink()
+    with pytest.raises(NbdTargetError, match=r"f: .*/disk: No such file or directory"):
+        await server.hand_over(HELLO)
+    assert server.log == []
+    assert server.registry.get("f").state is State.ACTIVE
 
 
 async def test_requests_that_do_not_end_leave_everything_as_it_was(

@@ -24,6 +24,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.devices.nbd import block_status
+from nbdtarget.devices.nbd import connect as nbd_connect
 from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
@@ -349,6 +350,44 @@ async def test_silent_server_is_given_up(
         server.greeting, server.is_silent = b"", True
         with pytest.raises(ResolveError, match="no NBD handshake within"):
             await open_nbd(server.uri, read_only=True)
+
+
+# ---- whether it could be opened again ----
+
+
+async def test_a_server_that_lets_no_new_client_in_is_known_beforehand(
+    tmp_path: Path,
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        await device.check_again()
+        server.greeting = b"SSH-2.0-OpenSSH_9.2\r\n"
+        with pytest.raises(ResolveError, match="not an NBD server"):
+            await device.check_again()
+        assert await device.read(0, 512) == server.disk[:512]
+        await device.close()
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+async def test_a_server_that_serves_one_client_at_a_time_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_silent: bool
+) -> None:
+    """It hangs up on others, or lets them wait, and takes us when our connection is closed."""
+    monkeypatch.setattr(nbd_connect, "CHECK_S_MAX", 0.05)
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.greeting, server.is_silent = b"", is_silent
+        await device.check_again()
+        await device.close()
+
+
+async def test_a_server_with_another_disk_is_known_beforehand(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        device.size += 512
+        with pytest.raises(ResolveError, match="is another disk now: its size"):
+            await device.check_again()
+        await device.close()
 
 
 # ---- loss ----
