@@ -80,6 +80,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.helper.configured import set_helper_commands
 from nbdtarget.devices.http.url_command import set_url_commands
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
+from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
@@ -291,6 +292,8 @@ class Daemon:
             )
         if reasons := refusals(self.registry):
             raise TableError("; ".join(reasons), errnos.EBUSY)
+        if waiting := self._waiting():
+            raise TableError(waiting, errnos.EBUSY)
         self.plan()  # raises if there is none any more: nothing is paused yet
         for pause, _ in self._followed:
             await pause()
@@ -309,12 +312,35 @@ class Daemon:
         self.stop.set()
         return heir.pid
 
+    def _waiting(self) -> str:
+        """Say which device is suspended while requests of clients wait in it; "": none is."""
+        found: dict[MappedDevice, list[str]] = {}
+        for client in self._listener.clients():
+            device = client.device
+            is_suspended = (
+                isinstance(device, MappedDevice) and device.state is State.SUSPENDED
+            )
+            if client.in_flight and is_suspended:
+                assert isinstance(device, MappedDevice)
+                found.setdefault(device, []).append(client.peer)
+        return "; ".join(
+            f"device {device.dm_name} is suspended, and requests of {', '.join(peers)}"
+            " wait in it: resume it first"
+            for device, peers in found.items()
+        )
+
     async def freeze(self, within_s: float) -> list[str]:
-        """Hold back verbs and requests. Returns the clients whose requests have not ended in time."""
+        """Hold back verbs and requests. Returns the clients whose requests have not ended in time.
+
+        Raises: TableError: some wait in a suspended device, and will not end.
+        """
         self.verbs.held = "the server is handing over to a new process"
         for server in self._http_servers():
             await server.pause()
-        return await self._listener.freeze(within_s)
+        busy = await self._listener.freeze(within_s, lambda: bool(self._waiting()))
+        if busy and (waiting := self._waiting()):
+            raise TableError(waiting, errnos.EBUSY)
+        return busy
 
     async def thaw(self) -> None:
         """Undo `freeze`."""

@@ -16,6 +16,7 @@ The answer ends, and is about less than was asked for, as soon as one of these i
     EXTENTS_ANSWER_MAX   extents are described, or one, with REQ_ONE, which QEMU always sets
     ANSWER_NS_MAX        has passed
     the device           has described less than it was asked for
+    the connection       is going to be handed over to another process, and waits only for requests like this one
 
 The request ends with an error if its client has gone meanwhile, or the server stops.
 
@@ -88,7 +89,7 @@ async def describe(
 async def _look(asked: Asked, name: str, *, req_one: bool) -> list[Extent]:
     """Describe the range step by step, as far as one answer goes."""
     length = asked.length
-    clock, limits, turns, reason_to_stop = asked.slicing
+    clock, limits, turns, reason_to_stop, is_frozen = asked.slicing
     if req_one:
         pace = Pace(clock, limits, FIRST_LOOK_BYTES, growth=FIRST_LOOK_GROWTH)
     else:
@@ -111,6 +112,7 @@ async def _look(asked: Asked, name: str, *, req_one: bool) -> list[Extent]:
             or got < step
             or len(found) > extents_max
             or clock.now_ns() > end_ns
+            or is_frozen()
         ):
             return found
         await turns.wait()

@@ -29,7 +29,7 @@ not closed either, however the connection ended: a client takes EOF for the end 
 place, and no old write may be carried out after that. How the old writes are kept in front of the new ones: `gate.py`.
 
 Hand-over. A connection can go on in another process (`nbdtarget.server.moving`). First it is frozen: no request is begun any
-more, and those that have begun end. Only the payload of a large WRITE that has begun is still received. Then it is at rest:
+more, and those that have begun end, or stand still between two slices. Only the payload of a large WRITE that has begun is still received. Then it is at rest:
 what is left is what was received and not served, and replies that the client has not taken.
 
 Shutdown. Requests that were received before are carried out, and later ones are answered with
@@ -42,7 +42,7 @@ freed at once, without the garbage collector. So it lets go of everything that r
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
 
@@ -54,7 +54,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.input import Input
-from nbdtarget.server.moving import ConnectionState
+from nbdtarget.server.moving import BegunRange, ConnectionState
 from nbdtarget.server.negotiation import Negotiation
 from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.patience import Patience
@@ -207,6 +207,8 @@ class Connection:
                 self._watch.write(self._writable)
             if was_reading:
                 self._start_reading()
+        if self._requests is not None:
+            self._requests.in_flight.go_on()
         if self.state != TRANSMISSION:
             return
         if self._flow.is_paused:
@@ -216,20 +218,36 @@ class Connection:
             self.guard(self._receiving().serve_received)
 
     @property
+    def may_stand_still(self) -> bool:
+        is_served = self.state == TRANSMISSION and not self._is_shutting_down
+        return self.is_frozen and is_served
+
+    @property
     def is_at_rest(self) -> bool:
-        """Whether nothing is in flight, after `freeze`, and no payload is being received."""
+        """Whether nothing is under way, after `freeze`, and no payload is being received."""
         received = self._input
         return (
             self.state == TRANSMISSION
-            and not self._flow.nr_requests
+            and not self.is_busy
             and received is not None
             and received.is_plain
         )
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is in flight."""
-        return bool(self._flow.nr_requests)
+        """Whether something is under way. What stands still while the connection is frozen is not."""
+        nr = self._flow.nr_requests
+        if nr and self._requests is not None:
+            nr -= self._requests.in_flight.nr_standing
+        return nr > 0
+
+    @property
+    def asks(self) -> str:
+        """Its name, and what it has in flight, for a person who asks why something waits."""
+        if self._requests is None or self._device is None:
+            return self.peer
+        export, _ = self._shared.directory.listed(self._device)
+        return f"{self.peer} ({self._requests.in_flight.kinds} of {export})"
 
     @property
     def payload_left(self) -> int:
@@ -258,9 +276,22 @@ class Connection:
             return None
         assert self._input is not None
         assert self._negotiated is not None
-        return ConnectionState(
-            self.peer, self._negotiated, self._input.unserved(), self._output.unsent()
-        )
+        assert self._requests is not None
+        received, unsent = self._input.unserved(), self._output.unsent()
+        begun = self._requests.in_flight.begun()
+        return ConnectionState(self.peer, self._negotiated, received, unsent, begun)
+
+    def leave(self) -> None:
+        """Another process serves now: close. A client that could not be moved gets the replies that its socket takes at once.
+
+        Requests of it that have not begun are not refused: it sends them again when it has connected again.
+        """
+        if self._tls is not None and self.is_at_rest:
+            self.guard(self._flush_output)
+        self.abort()
+
+    def _flush_output(self) -> None:
+        self._output.flush()
 
     @property
     def fileno(self) -> int:
@@ -272,6 +303,15 @@ class Connection:
         self.guard(
             partial(self._attach, moved.negotiated, moved.received, moved.unsent)
         )
+
+    def go_on_with(self, begun: Iterable[BegunRange]) -> None:
+        """Go on with requests that another process has begun, when all of its connections have been taken over.
+
+        Not before: they would be older than the other connections, whose requests would wait for their ends (`gate.py`).
+        """
+        if self.state == TRANSMISSION and self._requests is not None:
+            for each in begun:
+                self._requests.in_flight.start_begun(each)
 
     def is_stalled(self, now_ns: int, within_s: float) -> bool:
         """See `Stalls`."""

@@ -12,6 +12,9 @@ Theory of operation. `Requests` decodes, refuses and admits; what it starts is h
 Each has a `Request` that says how to answer it, and what it holds. `Flow` counts it; `ended` gives back what it holds, and
 queues the reply. A FLUSH also tells what the device has lost since this connection was told last.
 
+Hand-over. While the connection is frozen, ranges that go in slices stand still between two of them (`begun`). The process that goes on
+with the connection goes on with them, too (`start_begun`).
+
 Ends. Bios that are in flight when the connection closes end into `ended`, which drops them. The last
 one tells the connection that it may release the device.
 """
@@ -31,6 +34,7 @@ from nbdtarget.server.buffers import HEADER_ROOM
 from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.large_write import LargeWrite
+from nbdtarget.server.moving import BegunRange
 from nbdtarget.server.output import Output
 from nbdtarget.server.replies import Answers
 from nbdtarget.server.request import WRITING, Request
@@ -43,6 +47,7 @@ from nbdtarget_protocol.consts import (
     CMD_FLAG_DF,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
+    CMD_NAMES,
     CMD_READ,
 )
 from nbdtarget_protocol.replies import Replies
@@ -75,6 +80,7 @@ class InFlight:
         "_output",
         "_replies",
         "_shared",
+        "_standing",
         "_tasks",
         "_traffic",
         "is_shutting_down",
@@ -100,12 +106,18 @@ class InFlight:
         self._gate = shared.gates.of(device)
         self.submit: Callable[[Bio], None] = device.submit
         self._bios: set[Bio] = set()
+        self._standing: list[SlicedRange] = []
         self.observer = ConnectionObserver(device)
         self._tasks, self.is_shutting_down = Tasks(), False
 
     def drop(self) -> None:
         """The connection is closed: forget what the gate holds."""
         self.observer.close()
+        standing, self._standing = self._standing, []
+        # First all of them: one that ends must find no other one, for which the socket would be shut down.
+        self._bios.difference_update(each.bio for each in standing)
+        for each in standing:
+            each.bio.end(errnos.ESHUTDOWN)
         self._gate.drop(tuple(self._bios))
 
     def adopt(self, bio: Bio, command: int, cookie: int, offset: int) -> None:
@@ -124,6 +136,15 @@ class InFlight:
             assert isinstance(request, Request)
             if request.command in WRITING:
                 yield bio, request.offset, bio.length
+
+    @property
+    def kinds(self) -> str:
+        """The commands of the requests in flight, each once. READs of the compiled fast path have no bio."""
+        requests = [bio.private for bio in self._bios]
+        names = {CMD_NAMES[it.command] for it in requests if isinstance(it, Request)}
+        if len(self._tasks):
+            names.add(CMD_NAMES[CMD_BLOCK_STATUS])
+        return ", ".join(sorted(names or {CMD_NAMES[CMD_READ]}))
 
     def start(self, bio: Bio) -> None:
         self._flow.begin_request(0)
@@ -167,8 +188,11 @@ class InFlight:
         self._bios.discard(bio)
         return bio.status or (errnos.ESHUTDOWN if self._host.is_closed else 0)
 
-    def start_range(self, request: Request, length: int) -> None:
-        """Start a request without payload; a FLUSH also tells what the device has lost meanwhile."""
+    def start_range(self, request: Request, length: int, done: int = 0) -> None:
+        """Start a request without payload; a FLUSH also tells what the device has lost meanwhile.
+
+        Args: done: so many bytes at its beginning have been carried out already.
+        """
         command, flags, offset = request.command, request.flags, request.offset
         if command == CMD_FLUSH:
             mark = self.observer.mark()
@@ -181,19 +205,63 @@ class InFlight:
             return
         op, bio_flags = OPS[command], bio_flags_of(command, flags)
         bio = Bio(op, offset, length, None, bio_flags, self.ended, request)
-        if length <= self._shared.limits.range_slice:
+        if length <= self._shared.limits.range_slice and not done:
             self.start(bio)
             return
         self._flow.begin_request(0)
         # In flight is all of it, and not its slices: what overlaps the range is held until the last has ended.
         self._bios.add(bio)
-        ranges = SlicedRange(bio, self._device, self._slicing())
+        ways = self._slicing(), self._stand_still
+        ranges = SlicedRange(bio, self._device, *ways, done)
         self._gate.pass_by(bio, ranges.go_on)
+
+    # ---- while the connection is frozen ----
+
+    def _stand_still(self, ranges: SlicedRange) -> bool:
+        """Before a slice: whether it has to wait.
+
+        Not for one that younger connections wait for (`gate.py`): the other process would not know that they have to wait.
+        """
+        stands = self._host.may_stand_still and ranges.bio not in self._gate.elders
+        if stands:
+            self._standing.append(ranges)
+        return stands
+
+    @property
+    def nr_standing(self) -> int:
+        """How many requests have begun and stand still."""
+        return len(self._standing)
+
+    def begun(self) -> tuple[BegunRange, ...]:
+        """Return the requests that stand still, for another process."""
+        begun = []
+        for each in self._standing:
+            request, length = each.bio.private, each.bio.length
+            assert isinstance(request, Request)
+            words = request.cookie, request.command, request.flags, request.offset
+            begun.append(BegunRange(*words, length, each.done))
+        return tuple(begun)
+
+    def start_begun(self, begun: BegunRange) -> None:
+        """Go on with a request that another process has begun."""
+        it = begun
+        request = new_request(it.cookie, it.command, it.flags, it.offset, 0, None)
+        self.start_range(request, it.length, it.done)
+
+    def go_on(self) -> None:
+        """The connection is not frozen any more."""
+        standing, self._standing = self._standing, []
+        for each in standing:
+            self._shared.turns.ask(each.go_on)
 
     def _slicing(self) -> Slicing:
         shared = self._shared
         # Not kept: it refers to this object.
-        return Slicing(shared.clock, shared.limits, shared.turns, self._reason_to_stop)
+        turns, host = shared.turns, self._host
+        return Slicing(
+            *(shared.clock, shared.limits, turns, self._reason_to_stop),
+            is_frozen=lambda: host.is_frozen,
+        )
 
     def _reason_to_stop(self) -> int:
         """Return the errno with which a request ends that takes long, if its client has gone or the server stops; else 0."""

@@ -256,19 +256,25 @@ class Listener:
 
     # ---- from one process to another ----
 
-    async def freeze(self, within_s: float) -> list[str]:
+    async def freeze(
+        self, within_s: float, is_hopeless: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         """Accept no connection and begin no request, until `thaw`; wait for those that have begun.
 
         A client that is in its handshake, or does not send the rest of a payload, is not waited for so long, and left out
         of what is moved (`rest.py`).
-        Returns: the names of clients whose requests have not ended in time.
+        Args: is_hopeless: whether it is known that some requests will not end.
+        Returns: the clients whose requests have not ended in time, with what they have asked for.
         """
         self._stop_accepting()
         for connection in list(self._connections):
             connection.freeze()
-        return await come_to_rest(
-            lambda: list(self._connections), self._clock, within_s
+        busy = await come_to_rest(
+            lambda: list(self._connections), self._clock, within_s, is_hopeless
         )
+        if not busy:
+            return []
+        return [each.asks for each in self._connections if each.is_busy]
 
     def thaw(self) -> None:
         """Undo `freeze`."""
@@ -280,8 +286,8 @@ class Listener:
     def moved_state(self) -> tuple[ListenerState, list[int]]:
         """After `freeze`: what another process needs to go on, and the descriptors that belong to it.
 
-        Clients that are encrypted, and so cannot be moved, are told that the server ends. Those that have not come to rest
-        are left out.
+        Clients that are encrypted, and so cannot be moved, are left out, and so are those that have not come to rest. They notice
+        nothing before `forget`.
         """
         sockets, fds = [], []
         for fd in self._sockets:
@@ -297,21 +303,21 @@ class Listener:
         connections = []
         for connection, origin in list(self._connections.items()):
             moved = connection.moved_state()
-            if moved is None:
-                if connection.is_at_rest:
-                    connection.shutdown()
-            else:
+            if moved is not None:
                 connections.append(MovedConnection(origin, moved))
                 fds.append(connection.fileno)
         state = ListenerState(tuple(sockets), tuple(connections), self._limits)
         return state, fds
 
     def forget(self) -> None:
-        """Close all descriptors: they are another process's now. No client is told anything, and no file removed."""
+        """Close all descriptors: they are another process's now. No client that was moved is told anything, and no file removed.
+
+        Clients that could not be moved are disconnected.
+        """
         self._is_closed = True
         self._spare_memory.close()
         for connection in list(self._connections):
-            connection.abort()
+            connection.leave()
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
@@ -353,6 +359,7 @@ class Listener:
         """Accept, and serve the connections that were taken over."""
         assert self._shared is not None
         moved, self._moved = self._moved, []
+        begun = []
         for client, each in moved:
             client.setblocking(False)
             try:
@@ -366,6 +373,9 @@ class Listener:
             self._admission.enter(each.origin)
             self._stalls.connected()
             connection.take_over(each.state)
+            begun.append((connection, each.state.begun))
+        for connection, ranges in begun:
+            connection.go_on_with(ranges)
         self._start_accepting()
 
     # ---- sockets ----

@@ -11,7 +11,24 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.tls import TlsOptions
 from nbdtarget_protocol.handshake import Negotiated
 
-__all__ = ["ConnectionState", "ListenerState", "MovedConnection", "SocketState"]
+__all__ = [
+    "BegunRange",
+    "ConnectionState",
+    "ListenerState",
+    "MovedConnection",
+    "SocketState",
+]
+
+
+class BegunRange(msgspec.Struct, frozen=True):
+    """A TRIM, WRITE_ZEROES or CACHE, of which the first `done` bytes have been carried out. The other fields: as the client sent them."""
+
+    cookie: int
+    command: int
+    flags: int
+    offset: int
+    length: int
+    done: int
 
 
 class ConnectionState(msgspec.Struct, frozen=True):
@@ -21,12 +38,14 @@ class ConnectionState(msgspec.Struct, frozen=True):
         peer: for the log.
         received: requests that have not begun, perhaps the first bytes of one more.
         unsent: replies that the client has not taken, perhaps without the first bytes.
+        begun: requests that were stopped between two slices.
     """
 
     peer: str
     negotiated: Negotiated
     received: bytes
     unsent: bytes
+    begun: tuple[BegunRange, ...] = ()
 
 
 class MovedConnection(msgspec.Struct, frozen=True):

@@ -75,16 +75,21 @@ class _Waiting:
 
 
 async def come_to_rest(
-    connections: Callable[[], Iterable[Resting]], clock: Clock, within_s: float
+    connections: Callable[[], Iterable[Resting]],
+    clock: Clock,
+    within_s: float,
+    is_hopeless: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Wait for connections that are frozen; see the module head.
 
-    Args: connections: returns those that there are.
+    Args:
+        connections: returns those that there are.
+        is_hopeless: whether it is known that some requests will not end.
     Returns: the names of clients whose requests have not ended within `within_s`.
     """
     waiting, end_ns = _Waiting(clock), clock.now_ns() + int(within_s * 1e9)
     while waiting.awaited(connections()):
-        if clock.now_ns() >= end_ns:
+        if clock.now_ns() >= end_ns or is_hopeless():
             break
         await clock.sleep(LOOK_S)
     busy = []

@@ -60,6 +60,11 @@ class Host(Protocol):
     """The methods of a connection that its requests call."""
 
     peer: str
+    is_frozen: bool  # for a hand-over to another process
+
+    @property
+    def may_stand_still(self) -> bool:
+        """Whether requests in slices may stand still now, so that another process goes on with them."""
 
     @property
     def is_closed(self) -> bool: ...

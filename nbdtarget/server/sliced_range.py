@@ -9,6 +9,8 @@ its turn (`Turns`). Between two slices
     other requests are served, and a suspend or a swap of tables waits for no more than one slice
     the request is given up if its client has gone, or the server stops. It ends with ESHUTDOWN then
     the first error ends the request
+    it stands still while its connection is frozen for a hand-over to another process, which goes on with the next slice;
+        or it goes on here, if the hand-over fails
 
 How long a slice is depends on how long the one before took. While slices end quickly, each is twice as long as the one
 before, so that 16 TiB of nothing are 15 slices. Slices that take long become shorter.
@@ -86,18 +88,23 @@ class Slicing(NamedTuple):
 
     Attributes:
         reason_to_stop: returns the errno with which to end, if it is not worth going on; else 0.
+        is_frozen: returns whether the connection is handed over to another process.
     """
 
     clock: Clock
     limits: Limits
     turns: Turns
     reason_to_stop: Callable[[], int]
+    is_frozen: Callable[[], bool] = lambda: False
 
 
 class SlicedRange:
     """See the module head.
 
-    Args: bio: all of the range; it is not submitted itself, and ends with the last slice.
+    Args:
+        bio: all of the range; it is not submitted itself, and ends with the last slice.
+        stand_still: called before each slice; True: `go_on` is called again later.
+        done: so many bytes at its beginning have been carried out by another process.
     """
 
     __slots__ = (
@@ -108,20 +115,40 @@ class SlicedRange:
         "_is_submitting",
         "_pace",
         "_reason_to_stop",
+        "_stand_still",
         "_turns",
     )
 
-    def __init__(self, bio: Bio, device: Device, slicing: Slicing) -> None:
+    def __init__(
+        self,
+        bio: Bio,
+        device: Device,
+        slicing: Slicing,
+        stand_still: Callable[["SlicedRange"], bool] = lambda _: False,
+        done: int = 0,
+    ) -> None:
         self._bio = bio
-        self._at = bio.offset
+        self._stand_still = stand_still
+        self._at = bio.offset + done
         self._end = bio.offset + bio.length
         self._device = device
-        clock, limits, self._turns, self._reason_to_stop = slicing
+        clock, limits, self._turns, self._reason_to_stop, _ = slicing
         self._pace = Pace(clock, limits, limits.range_slice)
         self._is_submitting = False
 
+    @property
+    def bio(self) -> Bio:
+        return self._bio
+
+    @property
+    def done(self) -> int:
+        """The bytes that have been carried out, between two slices."""
+        return self._at - self._bio.offset
+
     def go_on(self) -> None:
         """Submit the next slice."""
+        if self._stand_still(self):
+            return
         bio, at, stop = self._bio, self._at, self._stop()
         pace = self._pace
         pace.begin()

@@ -80,6 +80,46 @@ SERVER: Final = (
         REST,
     ),
     Mutant(
+        "ranges-forgotten-by-a-hand-over",
+        "A client whose TRIM was stopped between two slices never gets its reply.",
+        "nbdtarget.server.listener:Listener.go_on",
+        (("            connection.go_on_with(ranges)\n", "            pass\n"),),
+        ("tests/nbdtarget/server/test_sliced_range.py",),
+        hangs=True,
+    ),
+    Mutant(
+        "an-elder-goes-on-elsewhere",
+        "A client that has connected again, and has written, is overtaken by a WRITE_ZEROES of its old connection.",
+        "nbdtarget.server.in_flight:InFlight._stand_still",
+        ((" and ranges.bio not in self._gate.elders", ""),),
+        ("tests/nbdtarget/server/test_sliced_range.py",),
+    ),
+    Mutant(
+        "ranges-ended-early-by-a-hand-over",
+        "A WRITE_ZEROES that was stopped between two slices is answered, and the slice after them was never zeroed.",
+        "nbdtarget.server.sliced_range:SlicedRange.done",
+        (
+            (
+                "self._at - self._bio.offset",
+                "self._at - self._bio.offset + self._pace.length",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_sliced_range.py",),
+    ),
+    Mutant(
+        "clients-disconnected-by-a-hand-over-that-fails",
+        "A client with TLS loses its connection although the old process goes on.",
+        "nbdtarget.server.listener:Listener.moved_state",
+        (
+            (
+                "            if moved is not None:\n",
+                "            if moved is None:\n                connection.shutdown()\n            else:\n",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_tls.py",),
+        hangs=True,
+    ),
+    Mutant(
         "hand-over-cancelled-after-go",
         "The old process goes on although the new one does: two processes write the same disks.",
         "nbdtarget.daemon.handover.giver:_give",

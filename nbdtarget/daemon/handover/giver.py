@@ -3,7 +3,7 @@
 
     1  the new program is started, and loads its code; all devices are flushed, and it is looked whether their disks can be opened
        again; clients notice nothing yet
-    2  no connection is accepted and no request begun any more; those that have begun end
+    2  no connection is accepted and no request begun any more; those that have begun end, or stand still between two slices
     3  all devices are suspended, which flushes and commits, and their disks are closed
     4  everything is sent; the new process opens the disks
     5  Go: this process does nothing any more
@@ -55,7 +55,10 @@ class Giving(Protocol):
     """The parts of `Daemon` that are handed over."""
 
     async def freeze(self, within_s: float) -> list[str]:
-        """Hold back all that is new. Returns what has not ended in time, by name."""
+        """Hold back all that is new. Returns what has not ended in time, by name.
+
+        Raises: TableError: it is known that something will not end.
+        """
         ...
 
     async def thaw(self) -> None:

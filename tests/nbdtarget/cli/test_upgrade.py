@@ -17,7 +17,7 @@ from nbdtarget.porcelain.trace_file import read_trace
 from tests.support.certificates import authority, needs_openssl
 from tests.support.clients import CloneUnderTest, refused
 from tests.support.patience import PATIENCE_S
-from tests.support.plain_client import PlainClient, PlainClientError
+from tests.support.plain_client import CMD_WRITE, PlainClient, PlainClientError
 from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
 MIB = 1 << 20
@@ -103,6 +103,26 @@ def test_a_disk_in_memory_is_refused_and_goes_on(tmp_path: Path) -> None:
         client.write(0, b"x" * 512)
         said = refused([NBDTARGET, "upgrade", "--control", str(control)])
         assert "memory:1M: its contents, which are in memory, would be lost" in said
+        assert client.read(0, 512) == b"x" * 512
+    assert server.terminate() == 0
+
+
+def test_requests_that_wait_in_a_suspended_device_refuse_it_by_name(
+    tmp_path: Path,
+) -> None:
+    path, control = tmp_path / "nbd.sock", tmp_path / "control.sock"
+    (tmp_path / "b.img").write_bytes(bytes(MIB))
+    argv = [NBDTARGET, "serve", "--listen", f"unix:{path}", "--control", str(control)]
+    server = ServerProcess(argv, sockets=[path], log=tmp_path / "log")
+    ask = ControlClient(control).ask
+    ask("create", m.Create("b", f"0 8 linear {tmp_path}/b.img 0"), m.Done)
+    with PlainClient(path, "b") as client:
+        ask("suspend", m.Suspend("b"), m.Done)
+        client.send(CMD_WRITE, payload=b"x" * 512)
+        said = refused([NBDTARGET, "upgrade", "--control", str(control)])
+        assert "device b is suspended, and requests of client " in said
+        ask("resume", m.Resume("b"), m.Done)
+        assert client.receive()[1] == 0
         assert client.read(0, 512) == b"x" * 512
     assert server.terminate() == 0
 

@@ -261,3 +261,12 @@ async def test_reply_is_what_our_own_client_takes() -> None:
     reply = await describe(asked, contexts, StructuredReplies(), 7, req_one=False)
     [completion] = client.receive_data(reply)
     assert completion.extents == [(4096, 0), (4096, 3)]
+
+
+async def test_it_is_cut_short_while_the_connection_is_handed_over() -> None:
+    """What is waited for must not take long. The client asks for the rest, in the other process."""
+    disk = Looked(1 << 40)
+    slicing = Slicing(disk.clock, Limits(turn_us=0), Turns(), lambda: 0, lambda: True)
+    asked = Asked(disk, slicing, 0, 1 << 40)
+    await describe(asked, ALLOCATION, ExtendedReplies(), 7, req_one=False)
+    assert len(disk.looks) == 1

@@ -224,6 +224,7 @@ async def test_clients_whose_requests_hang_are_named_and_the_slow_are_left_alone
     await until(lambda: listener.budget is not None and listener.budget.nr_bytes > 600)
     (name,) = await listener.freeze(0.05)
     assert name.startswith("client ")
+    assert name.endswith(" (READ of disk)")
     listener.thaw()
     half.writer.write(write[300_000:])
     await served.disk.until_held(2)

@@ -83,6 +83,11 @@ async def test_requests_in_flight_are_waited_for_to_the_end_and_then_named() -> 
     assert not hung.is_held
 
 
+async def test_requests_that_will_not_end_are_named_at_once() -> None:
+    clock, hung = SimClock(), Client("hung", busy=True)
+    assert await come_to_rest(lambda: [hung], clock, 10, lambda: True) == ["hung"]
+
+
 @pytest.fixture(params=["compiled", "pure"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "pure":

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno as errnos
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from nbdtarget.bio import FUA, OP_CACHE, OP_DISCARD, OP_READ, OP_WRITE_ZEROES, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.server.limits import Limits
+from nbdtarget.server.listener import Listener
 from nbdtarget.server.sliced_range import QUICK_NS, SLICE_MIN, SLOW_NS, Pace
 from nbdtarget_protocol import consts as c
 from tests.support.clock import SimClock
 from tests.support.patience import PATIENCE_S, until
-from tests.support.peer import MIB, Served
+from tests.support.peer import MIB, Peer, Served
 
 GIB = 1 << 30
 TIB = 1 << 40
@@ -262,3 +264,117 @@ def test_pace_follows_the_time_that_slices_take() -> None:
     for _ in range(20):
         slice_of(10 * SLOW_NS)
     assert pace.length == SLICE_MIN
+
+
+# ---- while connections are handed over to another process ----
+
+
+async def frozen_between_slices(served: Served, huge: Huge, peer: Peer) -> Listener:
+    """A request for a long range stands still after its first slice."""
+    listener = await served.start()
+    await until(lambda: len(huge.held) == 1)
+    freezing = asyncio.create_task(listener.freeze(PATIENCE_S))
+    await asyncio.sleep(0.01)
+    assert not freezing.done()
+    huge.let_go()
+    assert await freezing == []
+    return listener
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("command", [c.CMD_TRIM, c.CMD_WRITE_ZEROES, c.CMD_CACHE])
+async def test_the_other_process_goes_on_behind_the_last_slice(
+    served: Served, huge: Huge, extended: bool, command: int
+) -> None:
+    peer = await served.attach(extended=extended)
+    huge.holds = True
+    length = SIZE if extended else 3 * GIB
+    cookie = peer.send(command, 512, length - 512)
+    old = await frozen_between_slices(served, huge, peer)
+    behind = peer.send(c.CMD_READ, 0, 512)
+    huge.holds = False
+    moved, fds = old.moved_state()
+    fds = [os.dup(fd) for fd in fds]
+    old.forget()
+    assert not any(served.directory.nr_open.values())
+    served.listener = new = Listener(served.directory, limits=served.limits)
+    new.take_over(moved, fds)
+    new.go_on()
+    replies = [await peer.reply() for _ in range(2)]
+    assert {reply.cookie: reply.error for reply in replies} == {cookie: 0, behind: 0}
+    huge.bios = [bio for bio in huge.bios if bio[0] != OP_READ]
+    covers(huge, 512, length)
+
+
+async def test_ranges_go_on_when_a_hand_over_has_failed(
+    served: Served, huge: Huge
+) -> None:
+    peer = await served.attach(extended=True)
+    huge.holds = True
+    peer.send(c.CMD_WRITE_ZEROES, 0, SIZE)
+    listener = await frozen_between_slices(served, huge, peer)
+    listener.moved_state()
+    huge.holds = False
+    listener.thaw()
+    assert (await peer.reply()).error == 0
+    covers(huge, 0, SIZE)
+
+
+async def test_a_range_that_stands_still_for_a_client_that_is_aborted_lets_go(
+    served: Served, huge: Huge
+) -> None:
+    peer = await served.attach(extended=True)
+    huge.holds = True
+    peer.send(c.CMD_TRIM, 0, SIZE)
+    peer.send(c.CMD_TRIM, 0, SIZE)
+    listener = await served.start()
+    await until(lambda: len(huge.held) == 2)
+    freezing = asyncio.create_task(listener.freeze(PATIENCE_S))
+    await asyncio.sleep(0.01)
+    huge.let_go()
+    assert await freezing == []
+    await listener.close(0)
+    assert not any(served.directory.nr_open.values())
+
+
+async def test_a_range_that_goes_on_elsewhere_holds_no_other_client_up(
+    served: Served, huge: Huge
+) -> None:
+    """It is not older than the connections that were handed over with it."""
+    peer = await served.attach(extended=True)
+    other = await served.attach()
+    huge.holds = True
+    peer.send(c.CMD_TRIM, 0, SIZE)
+    old = await frozen_between_slices(served, huge, peer)
+    moved, fds = old.moved_state()
+    fds = [os.dup(fd) for fd in fds]
+    old.forget()
+    served.listener = new = Listener(served.directory, limits=served.limits)
+    new.take_over(moved, fds)
+    new.go_on()
+    await until(lambda: len(huge.held) == 1)
+    assert (await other.ask(c.CMD_READ, 0, 512)).error == 0
+    huge.holds = False
+    huge.let_go()
+    assert (await peer.reply()).error == 0
+
+
+async def test_a_range_that_younger_connections_wait_for_is_waited_for(
+    served: Served, huge: Huge
+) -> None:
+    """Their client may be the one that sent it, on a connection that is dead by now. It writes the same place anew."""
+    peer = await served.attach(extended=True)
+    huge.holds = True
+    peer.send(c.CMD_WRITE_ZEROES, 0, SIZE)
+    await until(lambda: len(huge.held) == 1)
+    await served.attach()
+    listener = await served.start()
+    freezing = asyncio.create_task(listener.freeze(PATIENCE_S))
+    await asyncio.sleep(0.01)
+    huge.holds = False
+    huge.let_go()
+    assert await freezing == []
+    covers(huge, 0, SIZE)
+    assert listener.moved_state()[0].connections[0].state.begun == ()
+    listener.thaw()
+    assert (await peer.reply()).error == 0

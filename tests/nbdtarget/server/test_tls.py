@@ -425,3 +425,28 @@ def test_certificate_that_ends_is_warned_of(
     assert (words in caplog.text) if words else not caplog.text
     assert tls.certificate_path == str(tmp_path / "server-cert.pem")
     assert ListenerTls(TlsOptions()).certificate_path is None
+
+
+# ---- to another process ----
+
+
+async def test_a_client_notices_a_hand_over_only_when_it_has_succeeded(
+    served: Served,
+) -> None:
+    """Encryption cannot be moved. If the other process does not take over, the client stays."""
+    listener = await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    await peer.ask(c.CMD_WRITE, 0, payload=b"t" * 512)
+    assert await listener.freeze(5) == []
+    assert listener.moved_state()[0].connections == ()
+    cookie = peer.send(c.CMD_READ, 0, 512)
+    await asyncio.sleep(0.01)
+    listener.thaw()
+    reply = await peer.reply()
+    assert (reply.cookie, reply.error, reply.data) == (cookie, 0, b"t" * 512)
+    assert await listener.freeze(5) == []
+    listener.moved_state()
+    peer.send(c.CMD_READ, 0, 512)  # it is not refused: the client sends it again
+    listener.forget()
+    assert await peer.at_end()
