@@ -200,6 +200,7 @@ def cache(
         run=run,
         security=network.options(),
         sockets=service.sockets(),
+        limits=service.limits(),
         metrics=service.metrics_options(),
         overwrite=overwrite,
         moved=moved,

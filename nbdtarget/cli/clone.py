@@ -169,6 +169,7 @@ def clone(
         run=run,
         security=network.options(),
         sockets=service.sockets(),
+        limits=service.limits(),
         metrics=service.metrics_options(),
         overwrite=overwrite,
         moved=moved,

@@ -76,6 +76,7 @@ def export(
         run=run,
         security=network.options(),
         sockets=service.sockets(),
+        limits=service.limits(),
         metrics=service.metrics_options(),
     )
     return _run(options, log=log, json=json)

@@ -103,6 +103,7 @@ def scratch(
         control=control,
         stop_timeout=service.stop_timeout,
         sockets=service.sockets(),
+        limits=service.limits(),
         metrics=service.metrics_options(),
         security=network.options(),
     )

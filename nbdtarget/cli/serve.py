@@ -101,7 +101,8 @@ def serve(
         "peer_connections_max": max_connections_per_peer,
     }
     options = ServeOptions(
-        limits={key: value for key, value in limits.items() if value is not None},
+        limits={key: value for key, value in limits.items() if value is not None}
+        | service.limits(),
         listen=service.addresses,
         control=control,
         control_token_file=control_token_file,

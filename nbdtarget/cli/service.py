@@ -92,8 +92,18 @@ MetricsDevices = Annotated[
         help="Metrics of each device, or only of all of them together. Default: of each.",
     ),
 ]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="NAME=VALUE",
+        help="Bound of what clients may use, by its name in the section `limits' of the configuration file, for example"
+        " connections_max=64 or export_bytes_max=64M. May be given more than once.",
+    ),
+]
 _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "listen": (Listen, None),
+    "limit": (Limit, None),
     "socket_mode": (SocketMode, None),
     "socket_owner": (SocketOwner, None),
     "socket_group": (SocketGroup, None),
@@ -119,6 +129,7 @@ class Service(NamedTuple):
     """The values of these options."""
 
     listen: list[str] | None = None
+    limit: list[str] | None = None
     socket_mode: str | None = None
     socket_owner: str | None = None
     socket_group: str | None = None
@@ -133,6 +144,12 @@ class Service(NamedTuple):
     def addresses(self) -> tuple[str, ...]:
         """The addresses for NBD clients."""
         return tuple(self.listen or ())
+
+    def limits(self) -> dict[str, Any]:
+        """Return the bounds that were given, by name. Raises: NbdTargetError."""
+        from nbdtarget.config.limits import parse_limits
+
+        return parse_limits(self.limit or ())
 
     def sockets(self) -> "SocketOptions":
         """Return the modes, owners and groups."""

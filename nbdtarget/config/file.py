@@ -58,6 +58,7 @@ from nbdtarget.common.errors import (
 from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import split_words
+from nbdtarget.config.limits import LIMIT_KEYS, SIZE_KEYS, limits_of, out_of_range
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.control.paths import control_address
@@ -67,7 +68,7 @@ from nbdtarget.dm.names import check_name, check_uuid
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.table import TargetSpec, scan_table
 from nbdtarget.server.address import parse_address
-from nbdtarget.server.limits import RELATIONS, Limits
+from nbdtarget.server.limits import Limits
 from nbdtarget.server.tls import TLS_UNSAID, TlsOptions
 from nbdtarget.targets.base import Target
 
@@ -110,46 +111,7 @@ _LISTEN_KEYS: Final[dict[str, Any]] = {
     "address": str,
     **{key: _FILE_KEYS[key] for key in _TLS_KEYS},
 }
-_COUNT_MAX: Final = (1 << 31) - 1
-_BYTES_MAX: Final = 1 << 48
-_PAYLOAD_MIN: Final = 64 << 10  # clients that do not ask may send this much anyway
-_OUTPUT_MIN: Final = 64 << 10
-_PAYLOAD_MAX: Final = (1 << 32) - 1
 _SECONDS_MAX: Final = 86400.0 * 365
-# The bounds that depend on the disk and the clients, each with its least and its most value;
-# the others are the server's own matter.
-_LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
-    "connections_max": (1, _COUNT_MAX),
-    "peer_connections_max": (1, _COUNT_MAX),
-    "export_connections_max": (1, _COUNT_MAX),
-    "handshakes_max": (1, _COUNT_MAX),
-    "backlog_max": (1, _COUNT_MAX),
-    "handshake_timeout_s": (0.001, _SECONDS_MAX),
-    "handshake_total_s": (0.001, _SECONDS_MAX),
-    "handshake_output_max": (_OUTPUT_MIN, _BYTES_MAX),
-    "stall_timeout_s": (0.001, _SECONDS_MAX),
-    "stall_total_s": (0.001, _SECONDS_MAX),
-    "linger_s": (0, _SECONDS_MAX),
-    "requests_in_flight_max": (1, _COUNT_MAX),
-    "bytes_in_flight_max": (1, _BYTES_MAX),
-    "export_requests_max": (1, _COUNT_MAX),
-    "export_bytes_max": (1, _BYTES_MAX),
-    "requests_total_max": (1, _COUNT_MAX),
-    "bytes_total_max": (1, _BYTES_MAX),
-    "send_buffer_max": (_OUTPUT_MIN, _BYTES_MAX),
-    "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
-}
-_LIMIT_KEYS: Final[dict[str, Any]] = {
-    key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
-}
-_SIZE_KEYS: Final = (
-    "handshake_output_max",
-    "send_buffer_max",
-    "bytes_in_flight_max",
-    "export_bytes_max",
-    "bytes_total_max",
-    "payload_max",
-)
 
 
 class Mistake(NamedTuple):
@@ -503,29 +465,21 @@ class _Reader:
 
     def _limits(self, values: dict[str, Any]) -> Limits:
         path: KeyPath = ("limits",)
-        known = self._known(path, self._sizes(path, values), _LIMIT_KEYS)
+        known = self._known(path, self._sizes(path, values), LIMIT_KEYS)
         for key, value in list(known.items()):
-            least, most = _LIMIT_RANGES[key]
-            if not least <= value <= most:
-                reason = f"`limits.{key}': must be {least:.12g} to {most:.16g}"
-                self._mistake((*path, key), reason)
+            if reason := out_of_range(key, value):
+                self._mistake((*path, key), f"`limits.{key}': {reason}")
                 del known[key]
-        defaults = Limits()
-        for smaller, larger in RELATIONS:
-            low = known.get(smaller, getattr(defaults, smaller))
-            high = known.get(larger, getattr(defaults, larger))
-            if low > high:
-                key = smaller if smaller in known else larger
-                reason = f"`limits': {smaller} {low} is more than {larger} {high}"
-                self._mistake((*path, key), reason)
-                return defaults
-        return Limits(**known)
+        found, key, reason = limits_of(known)
+        if reason:
+            self._mistake((*path, key), f"`limits': {reason}")
+        return found
 
     def _sizes(self, path: KeyPath, values: dict[str, Any]) -> dict[str, Any]:
         """The values with each size that is written as text (64M) as a number of bytes."""
         sizes = {}
         for key, value in values.items():
-            if key in _SIZE_KEYS and isinstance(value, str):
+            if key in SIZE_KEYS and isinstance(value, str):
                 try:
                     sizes[key] = parse_size(value)
                 except ValueError as error:

@@ -225,6 +225,11 @@ class Daemon:
         Raises: SocketInUseError, NoSocketError, ListenError.
         """
         if passed is not None:
+            if self._metrics_address is not None:
+                log.warning(
+                    "metrics are on the socket that was passed, and not on %s",
+                    self._metrics_address,
+                )
             metrics = self._metrics_server(Path())
             metrics.start_passed(passed)
         elif self._metrics_address is not None:

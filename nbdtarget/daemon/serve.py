@@ -4,7 +4,6 @@
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -12,6 +11,7 @@ import msgspec
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.heap import HEAP
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
+from nbdtarget.config.limits import with_limits
 from nbdtarget.control.paths import (
     control_address,
     make_directory,
@@ -85,7 +85,7 @@ async def serve_until_stopped(
         stop_timeout = config.stop_timeout
     limits = Limits() if config is None else config.limits
     daemon = Daemon(
-        replace(limits, **options.limits),
+        with_limits(limits, options.limits),
         StopBounds.of(stop_timeout),
         _sockets_of(options, config),
         security_of(options.security, config),

@@ -35,7 +35,7 @@ At the end the newest superblock says how much is only in the cache, and whether
 
 import contextlib
 import os
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -92,6 +92,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        limits: bounds of the server, by name.
         metrics: where metrics are told alone.
         run: a shell command that runs while the disk is served; its end is the end of the server.
         security: TLS, and who may attach.
@@ -117,6 +118,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
     metrics: MetricsOptions = MetricsOptions()
     run: str | None = None
     security: SecurityOptions = SecurityOptions()
@@ -435,6 +437,7 @@ class CacheJob(job.Job[CachePlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            limits=options.limits,
             metrics=options.metrics,
             command=options.run,
             security=options.security,

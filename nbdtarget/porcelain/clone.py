@@ -25,7 +25,7 @@ the same command starts again from the beginning. After a later crash it continu
 
 import contextlib
 import os
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -72,6 +72,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        limits: bounds of the server, by name.
         metrics: where metrics are told alone.
         run: a shell command that runs while the disk is served; its end is the end of the server.
         security: TLS, and who may attach.
@@ -97,6 +98,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
     metrics: MetricsOptions = MetricsOptions()
     run: str | None = None
     security: SecurityOptions = SecurityOptions()
@@ -274,6 +276,7 @@ class CloneJob(job.Job[ClonePlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            limits=options.limits,
             metrics=options.metrics,
             command=options.run,
             security=options.security,

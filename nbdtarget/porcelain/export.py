@@ -9,6 +9,7 @@ What is refused: a disk that is missing, that is in use by another process, or w
 """
 
 import os
+from typing import Any
 
 import msgspec
 
@@ -36,6 +37,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        limits: bounds of the server, by name.
         metrics: where metrics are told alone.
         run: a shell command that runs while the disk is served; its end is the end of the server.
         security: TLS, and who may attach.
@@ -48,6 +50,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
     metrics: MetricsOptions = MetricsOptions()
     run: str | None = None
     security: SecurityOptions = SecurityOptions()
@@ -94,6 +97,7 @@ class ExportJob(job.Job[ExportPlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            limits=options.limits,
             metrics=options.metrics,
             command=options.run,
             security=options.security,

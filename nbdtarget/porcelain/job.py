@@ -17,9 +17,9 @@ import asyncio
 import contextlib
 import errno as errnos
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.heap import HEAP
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.unix_socket import SocketOptions
+from nbdtarget.config.limits import with_limits
 from nbdtarget.control.paths import (
     NoSocketError,
     control_address,
@@ -48,6 +49,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
 from nbdtarget.porcelain.kept import KeptSource
 from nbdtarget.server.address import parse_address
+from nbdtarget.server.limits import Limits
 
 __all__ = ["Job", "Plan", "Reporter", "make_missing", "remove_made"]
 
@@ -98,6 +100,7 @@ class Job(Generic[P]):
         listen: addresses; none: a unix socket in the runtime directory.
         control: address of the control socket; None: the one called after the export.
         sockets: modes, owners and groups.
+        limits: bounds of the server, by name.
         metrics: where metrics are told alone.
         stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.common.permissions`.
@@ -113,6 +116,7 @@ class Job(Generic[P]):
         listen: tuple[str, ...],
         control: str | None,
         sockets: SocketOptions,
+        limits: Mapping[str, Any],
         metrics: MetricsOptions,
         stop_timeout: float | None,
         permissions: frozenset[Permission],
@@ -130,6 +134,7 @@ class Job(Generic[P]):
         self._control = control
         self._permissions = permissions
         self._daemon = Daemon(
+            with_limits(Limits(), limits),
             bounds=StopBounds.of(stop_timeout),
             sockets=sockets,
             metrics=metrics,

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,7 @@ from nbdtarget.common.turns import log_failure
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words
+from nbdtarget.config.limits import with_limits
 from nbdtarget.control.paths import (
     ControlAddress,
     control_address,
@@ -39,6 +40,7 @@ from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.dm.names import check_name
 from nbdtarget.porcelain import look
 from nbdtarget.porcelain.disk_name import disk_name
+from nbdtarget.server.limits import Limits
 
 __all__ = [
     "COPIES_MAX",
@@ -63,7 +65,7 @@ class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
         name: the exports are called NAME-1, NAME-2, …; None: from the image's name.
         size_max: bytes that may be written to one copy; None: as many as the image has.
         store: directory for what is written, or MEMORY; None: the directory for temporary files.
-        listen, control, stop_timeout, sockets, metrics, security: as of the other jobs.
+        listen, control, stop_timeout, sockets, limits, metrics, security: as of the other jobs.
     """
 
     image: str
@@ -75,6 +77,7 @@ class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
     metrics: MetricsOptions = MetricsOptions()
     security: SecurityOptions = SecurityOptions()
 
@@ -164,6 +167,7 @@ class ScratchJob:
         self._options = options
         self._serving = serving
         self._daemon = Daemon(
+            with_limits(Limits(), options.limits),
             bounds=StopBounds.of(options.stop_timeout),
             sockets=options.sockets,
             metrics=options.metrics,

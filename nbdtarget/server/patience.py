@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Patience`: how long a connection waits for its client, in each of its states.
 
-    handshake          `handshake_timeout_s` for each option, `handshake_total_s` for all of them
+    handshake          `handshake_timeout_s` for each option, `handshake_total_s` for all of them. The handshake of TLS that follows
+                       STARTTLS has no time of its own
     replies            a client that has said DISC takes a reply now and then: `stall_timeout_s`. Without DISC it may take its
                        time, as long as no other client waits (`Listener`)
     after the end      `linger_s`, in which the client can close its half
@@ -106,7 +107,9 @@ class Patience:
         limits = self._limits
         nr_options, before = self._handshake.nr_options, self._nr_options
         total_s = (self._clock.now_ns() - self._began_ns) / 1e9
-        if nr_options > before and total_s < limits.handshake_total_s:
+        # A handshake of TLS that has begun counts from the beginning of the connection, and gets no time of its own.
+        goes_on = nr_options > before and not self._handshake.starts_tls
+        if goes_on and total_s < limits.handshake_total_s:
             self._nr_options = nr_options
             self.await_handshake()
             return

@@ -10,6 +10,7 @@ import pytest
 from nbdtarget.cli.columns import FIELDS
 from nbdtarget.common.permissions import Permission, option_of
 from nbdtarget.config import file as configuration
+from nbdtarget.config.limits import LIMIT_KEYS
 from nbdtarget.control import messages, paths
 from nbdtarget.control.bodies import BODY_BYTES_MAX, OTHER_BODY_BYTES_MAX
 from nbdtarget.control.doorkeeper import CONNECTIONS_MAX
@@ -139,10 +140,10 @@ def test_policies() -> None:
 
 def test_keys_of_the_configuration_file() -> None:
     keys = {*configuration._FILE_KEYS, *configuration._DEVICE_KEYS}
-    check({*keys, *configuration._LIMIT_KEYS}, "reference/configuration.md")
+    check({*keys, *LIMIT_KEYS}, "reference/configuration.md")
 
 
-@pytest.mark.parametrize("key", sorted(configuration._LIMIT_KEYS))
+@pytest.mark.parametrize("key", sorted(LIMIT_KEYS))
 def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
     (default,) = (each.default for each in fields(Limits) if each.name == key)
     text = (DOCS / "reference/configuration.md").read_text()

@@ -73,11 +73,12 @@ def get(path: Path, url: str, token: str | None = None) -> tuple[int, str]:
     ],
 )
 def test_metrics_have_an_address_of_their_own(tmp_path: Path, command: str) -> None:
-    with serving(tmp_path, command) as metrics:
+    with serving(tmp_path, command, "--limit", "connections_max=7") as metrics:
         status, text = get(metrics, "/metrics")
         assert status == 200
         nr = 0 if command == "serve" else 1
         assert f"\nnbdtarget_devices {nr}\n" in text
+        assert '\nnbdtarget_limit{bound="connections_max"} 7\n' in text
         assert ("\nnbdtarget_device_size_bytes{" in text) == (nr == 1)
         for url in ("/", "/v1/info", "/v1/version"):
             assert get(metrics, url)[0] == 404

@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import cast
 
@@ -140,3 +141,19 @@ async def test_device_that_leaves_the_file_keeps_its_rules_while_it_is_served() 
     server.follow_rules(parse("[device.a]", "/x.toml", {}))
     assert server.security.rules.access("a", Identity()) is Access.WRITE
     await server.close()
+
+
+async def test_address_for_metrics_beside_a_socket_that_was_passed_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = tmp_path / "metrics"
+    daemon = Daemon(metrics=MetricsOptions(str(address)))
+    passed = socket.socket(socket.AF_UNIX)
+    passed.bind(str(tmp_path / "passed"))
+    passed.listen()
+    await daemon.open_metrics(passed.detach())
+    await daemon.close(has_served=False)
+    assert caplog.messages == [
+        f"metrics are on the socket that was passed, and not on {address}"
+    ]
+    assert not address.exists()

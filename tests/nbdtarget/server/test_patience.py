@@ -21,6 +21,7 @@ class Client:
     state: int = TRANSMISSION
     says_disc: bool = False
     nr_options: int = 0
+    starts_tls: bool = False
     progress_ns: int = 0
     is_blocked: bool = False
     nr_aborts: int = 0
@@ -117,3 +118,14 @@ def test_lingering_takes_the_place_of_all_else_and_ends(made: Made) -> None:
     patience.release()
     clock.advance(100)
     assert client.nr_aborts == 1
+
+
+def test_handshake_of_tls_that_stalls_has_no_time_of_its_own(made: Made) -> None:
+    client, patience, clock = made
+    patience.await_handshake()
+    clock.advance(1)
+    client.nr_options, client.starts_tls = 1, True
+    clock.advance(8.9)
+    assert client.nr_aborts == 0
+    clock.advance(0.1)
+    assert (client.nr_aborts, client.bounds_met) == (1, ["handshake_timeout_s"])
