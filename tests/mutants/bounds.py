@@ -167,9 +167,16 @@ BOUNDS: Final = (
         "silent-handshake-has-the-time-of-a-whole-one",
         "A client that connects and says nothing stays for two minutes.",
         "nbdtarget.server.patience:Patience._handshake_timed_out",
-        (("if nr_options > before and total_s <", "if total_s <"),),
+        (("nr_options > before and not", "not"),),
         PATIENCE,
         hangs=True,
+    ),
+    Mutant(
+        "stalled-handshake-of-tls-has-twice-the-time",
+        "STARTTLS gives a client that stalls then as much time as an option gives one that goes on.",
+        "nbdtarget.server.patience:Patience._handshake_timed_out",
+        ((" and not self._handshake.starts_tls", ""),),
+        PATIENCE,
     ),
     Mutant(
         "handshake-that-never-ends",
