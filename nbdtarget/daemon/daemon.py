@@ -117,7 +117,8 @@ class Daemon:
         listen_access: which users may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
         plan: says what a job needs in another process, see `Moved`. It is called before anything is paused, when it may raise, and again when all is at rest.
-        reopened: called when a hand-over has failed, the devices are open here again, and clients do not go on yet.
+        reopened: called when a hand-over has failed, the devices are open here again, and clients do not go on yet; and once more
+            for each device that comes open later.
         has_handed_over: another process has everything, and this one must not touch it.
         security: certificates, and who may attach to what.
         verbs: what the control socket answers with.
@@ -190,6 +191,7 @@ class Daemon:
         self._heir: subprocess.Popen[bytes] | None = None
         self.plan: Callable[[], bytes] = bytes
         self.reopened: Callable[[], None] = _do_nothing
+        self.registry.reopenings.opened = lambda: self.reopened()
         self.has_handed_over = False
 
     async def open_control(

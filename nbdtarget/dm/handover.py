@@ -45,6 +45,7 @@ __all__ = ["DeviceState", "Parking", "let_go", "refusals", "unpark"]
 log = logging.getLogger(__name__)
 
 PARK_S_MAX: Final = 20.0  # for each height of devices
+CHECK_S_MAX: Final = 5.0
 UNDO_S_MAX: Final = 5.0  # for a commit that is still under way
 
 
@@ -133,23 +134,33 @@ class Parking:
         self._names: dict[str, list[str]] = {}  # of the disks of each device
         self.states: list[DeviceState] = []
 
-    async def check(self) -> None:
+    async def check(self, within_s: float = CHECK_S_MAX) -> None:
         """Look whether all disks could be opened again. Nothing is disturbed.
 
-        Raises: TableError: one of them could not.
+        Raises: TableError: one of them could not, or does not answer.
         """
         opens = self._registry.opens
-        disks = opens.devices()
-        looks = [disk.check_again() for disk in disks]
-        results = await asyncio.gather(*looks, return_exceptions=True)
+        tasks = {
+            asyncio.create_task(disk.check_again()): disk for disk in opens.devices()
+        }
+        if not tasks:
+            return
         reasons = []
-        for disk, result in zip(disks, results, strict=True):
-            if isinstance(result, NbdTargetError):
-                holders = ", ".join(opens.holders(disk))
-                reasons.append(f"{holders}: {result}")
-            elif isinstance(result, BaseException):
-                raise result
-            self._disks[disk.loadable_name] = opens.opener.identity(disk.loadable_name)
+        try:
+            done = await wait_within(tasks, within_s)
+        finally:
+            for task in tasks:
+                task.cancel()  # which does nothing to those that have ended
+        for task, disk in tasks.items():
+            error = task.exception() if task in done else None
+            if error is not None and not isinstance(error, NbdTargetError):
+                raise error
+            if task not in done:
+                error = ResolveError(disk.name, f"does not answer for {within_s:g} s")
+            if error is not None:
+                reasons.append(f"{', '.join(opens.holders(disk))}: {error}")
+            name = disk.loadable_name
+            self._disks[name] = opens.opener.identity(name)
         if reasons:
             reason = "; ".join(reasons)
             raise TableError(f"cannot be opened again: {reason}", errnos.EBUSY)

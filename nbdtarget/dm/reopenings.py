@@ -28,9 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class Reopenings:
-    """Those of one registry. See the module head."""
+    """Those of one registry. See the module head.
+
+    Attributes:
+        opened: called after each device that is open again.
+    """
 
     def __init__(self) -> None:
+        self.opened: Callable[[], None] = _nothing
         self._tasks: dict[MappedDevice, asyncio.Task[None]] = {}
         self._again: dict[MappedDevice, asyncio.Event] = {}
 
@@ -68,6 +73,7 @@ class Reopenings:
         try:
             if await self._try_until_open(device, attempt):
                 log.warning("%s: is open again", device.name)
+                self.opened()
         except Exception:
             # The last line of defence: the others are tried all the same.
             log.exception("%s: opening it again", device.name)
@@ -95,3 +101,7 @@ class Reopenings:
                 return await attempt()
             except NbdTargetError as error:
                 log.info("%s: not open again: %s", device.name, error)
+
+
+def _nothing() -> None:
+    """Do nothing: there is no job that has to be told."""

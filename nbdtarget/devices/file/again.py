@@ -7,14 +7,16 @@ import stat
 
 from nbdtarget.common.errors import ResolveError
 
-__all__ = ["check_path"]
+__all__ = ["maybe_refusal"]
 
 
-def check_path(name: str, path: str, fd: int, *, read_only: bool) -> None:
+def maybe_refusal(
+    name: str, path: str, fd: int, *, read_only: bool
+) -> ResolveError | None:
     """Look where `path` leads, and whether we may open that. It may block.
 
     Nothing is opened: closing a descriptor may have effects, for example on a tape or on locks of another kind.
-    Raises: ResolveError: it leads nowhere, or not to what is open as `fd`, or may not be opened.
+    Returns why not: it leads nowhere, or not to what is open as `fd`, or may not be opened; None: nothing speaks against it.
     """
     try:
         there = os.stat(path)
@@ -22,17 +24,18 @@ def check_path(name: str, path: str, fd: int, *, read_only: bool) -> None:
         reason = (
             f"{error.strerror}: the file that is open was renamed, moved or removed"
         )
-        raise ResolveError(name, reason, error.errno or errnos.EIO) from None
+        return ResolveError(name, reason, error.errno or errnos.EIO)
     if _disk(there) != _disk(os.fstat(fd)):
         reason = "is another file now than the one that is open"
-        raise ResolveError(name, reason, errnos.ESTALE)
+        return ResolveError(name, reason, errnos.ESTALE)
     mode = os.R_OK if read_only else os.R_OK | os.W_OK
     by_effective = os.access in os.supports_effective_ids
     if not os.access(path, mode, effective_ids=by_effective):
         reason = (
             f"{os.strerror(errnos.EACCES)}: it is open, but may not be opened again"
         )
-        raise ResolveError(name, reason, errnos.EACCES)
+        return ResolveError(name, reason, errnos.EACCES)
+    return None
 
 
 def _disk(status: os.stat_result) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.bulk_streams import BulkStream
-from nbdtarget.devices.file.again import check_path
+from nbdtarget.devices.file.again import maybe_refusal
 from nbdtarget.devices.file.bulk import STREAMS, Behind, FileStream, FileWriter
 from nbdtarget.devices.file.closing import close_descriptors
 from nbdtarget.devices.file.extents import find_extents
@@ -345,8 +345,10 @@ class FileDevice(Device):
             await close_descriptors(self.name, fds)
 
     async def check_again(self) -> None:
-        look = partial(check_path, self.name, self.path, self._fd)
-        await asyncio.to_thread(look, read_only=self.read_only)
+        look = partial(maybe_refusal, self.name, self.path, self._fd)
+        refusal = await self._pool.ask(partial(look, read_only=self.read_only), None)
+        if refusal is not None:
+            raise refusal
 
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         if self.read_only and not read_only:

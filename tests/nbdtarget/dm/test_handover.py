@@ -248,6 +248,19 @@ async def test_what_cannot_be_opened_again_is_refused_while_it_is_in_use(
     await registry.close()
 
 
+async def test_a_disk_that_does_not_answer_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    registry, opener = await stack()
+    monkeypatch.setattr(opener.open["/b"], "check_again", hang)
+    with pytest.raises(TableError, match=r"other: /b: does not answer for 0\.01 s"):
+        await Parking(registry).check(0.01)
+    await registry.close()
+
+
 async def test_a_name_that_has_just_become_another_disk_stops_the_parking(
     tmp_path: Path,
 ) -> None:

@@ -26,10 +26,13 @@ async def test_attempts_follow_each_other_until_one_succeeds(
             raise TableError("not yet")
         return True
 
+    opened = []
+    registry.reopenings.opened = lambda: opened.append(1)
     registry.reopenings.start(device, attempt)
     assert device in registry.reopenings
     await until(lambda: device not in registry.reopenings)
     assert "/dev/mapper/d: is open again" in caplog.text
+    assert opened == [1]
     await registry.close()
 
 
