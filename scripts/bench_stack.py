@@ -80,6 +80,9 @@ class _Exports:
             return BARE, "a file"
         return self._registry.listed(device)
 
+    def claimed_names(self) -> Iterable[str]:
+        return [BARE, *self._registry.claimed_names()]
+
     def maybe_get(self, name: str) -> Device | None:
         return self._bare if name == BARE else self._registry.maybe_get(name)
 

@@ -5,7 +5,7 @@ import ipaddress
 from typing import Final
 
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.tls_context import element, first_certificate
+from nbdtarget.common.x509 import element, first_certificate
 
 __all__ = ["host_names"]
 

@@ -11,29 +11,29 @@ has no certificate at all: with one, the two sides may agree on the certificate 
 TLS 1.2 and later; no renegotiation, no compression, no tickets, so each connection shows its certificate anew.
 """
 
-import base64
 import os
 import ssl
-from calendar import timegm
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from nbdtarget.common.errors import NbdTargetError
 
 __all__ = [
+    "CA_CERT",
+    "CA_CRL",
+    "CLIENT_CERT",
     "PSK_FILE_MAX",
-    "certificate_end_s",
+    "SERVER_CERT",
     "client_context",
-    "element",
-    "first_certificate",
     "has_psk",
     "server_context",
 ]
 
 CA_CERT: Final = "ca-cert.pem"
 CA_CRL: Final = "ca-crl.pem"
+SERVER_CERT: Final = "server-cert.pem"
+CLIENT_CERT: Final = "client-cert.pem"
 PSK_FILE_MAX: Final = 1 << 20  # bytes
-CERT_FILE_MAX: Final = 1 << 20  # bytes
 _PSK_CIPHERS: Final = "kECDHEPSK:kDHEPSK:PSK:!eNULL:!aNULL"
 
 
@@ -108,34 +108,9 @@ def client_context(
         return context
     if verify_peer:
         _load_authority(context, directory)
-    if os.path.exists(os.path.join(directory, "client-cert.pem")):
+    if os.path.exists(os.path.join(directory, CLIENT_CERT)):
         _load_pair(context, directory, "client")
     return context
-
-
-def certificate_end_s(path: str) -> float:
-    """Until when the first certificate of a PEM file is valid: Unix time.
-
-    Raises: NbdTargetError: there is none.
-    """
-    try:
-        return _not_after(first_certificate(path))
-    except (ValueError, IndexError):
-        raise NbdTargetError(f"{path}: has no certificate in PEM") from None
-
-
-def first_certificate(path: str) -> bytes:
-    """Return the first certificate of a PEM file, in DER. Raises: NbdTargetError: it cannot be read; ValueError: it has none."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(CERT_FILE_MAX)
-    except OSError as error:
-        raise NbdTargetError(f"{path}: {error.strerror or error}") from None
-    begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
-    _, found, behind = text.partition(begin)
-    if not found:
-        raise ValueError("no certificate")
-    return base64.b64decode(behind.partition(end)[0])
 
 
 def _set_common(context: ssl.SSLContext) -> None:
@@ -232,43 +207,3 @@ def _read_psk(path: str) -> dict[str, bytes]:
     if not keys:
         raise NbdTargetError(f"{path}: has no keys")
     return keys
-
-
-# ---- the end of a certificate ----
-
-_SEQUENCE: Final = 0x30
-_VERSION: Final = 0xA0
-
-
-def _not_after(der: bytes) -> float:
-    """Take a certificate apart, down to the end of its validity. Raises: ValueError, IndexError."""
-    _, certificate, _ = element(der)
-    _, signed, _ = element(certificate)
-    tag, _, behind = element(signed)
-    if tag == _VERSION:  # optional; what was taken else is the serial number
-        _, _, behind = element(behind)
-    for _ in ("algorithm", "issuer"):
-        _, _, behind = element(behind)
-    tag, validity, _ = element(behind)
-    if tag != _SEQUENCE:
-        raise ValueError("no validity")
-    _, _, behind = element(validity)
-    _, not_after, _ = element(behind)
-    digits = not_after.decode("ascii")
-    # UTCTime has two digits for the year, of 1950 to 2049; GeneralizedTime has four.
-    if len(digits) == 13:
-        digits = ("19" if digits >= "50" else "20") + digits
-    year, *others = (int(digits[at : at + 2]) for at in range(2, 14, 2))
-    return float(timegm((int(digits[:2]) * 100 + year, *others)))
-
-
-def element(data: bytes) -> tuple[int, bytes, bytes]:
-    """The tag and content of the first element of DER, and what is behind it."""
-    tag, length, begin = data[0], data[1], 2
-    if length & 0x80:
-        nr_bytes = length & 0x7F
-        begin += nr_bytes
-        length = int.from_bytes(data[2:begin], "big")
-    if begin + length > len(data):
-        raise ValueError("cut off")
-    return tag, data[begin : begin + length], data[begin + length :]

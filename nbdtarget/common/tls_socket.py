@@ -39,6 +39,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any, Final
 
+from nbdtarget.common.words import printable
+from nbdtarget.common.x509 import subject_of
 from nbdtarget.fast.compiled import TlsRecords, take_over
 
 __all__ = ["ANSWERS_MAX", "HANDSHAKE_BYTES_MAX", "TlsError", "TlsSocket"]
@@ -55,6 +57,7 @@ JOIN_MAX: Final = 16 << 10  # shorter pieces share a record
 AHEAD_MAX: Final = 1 << 20  # bytes that a peek decrypts
 ANSWERS_MAX: Final = 64 << 10  # bytes of answers that the peer does not read
 HANDSHAKE_BYTES_MAX: Final = 256 << 10  # of the peer, chains of certificates included
+NAME_LENGTH_MAX: Final = 200  # characters, of a name that is not verified
 
 # Errors that users can do something about; the keys are OpenSSL's.
 _SENTENCES: Final = {
@@ -71,12 +74,23 @@ _SENTENCES: Final = {
 }
 
 
-class TlsError(OSError):
-    """TLS has failed on this connection: it must be closed. `str()` is one line."""
+# Why a peer is refused because of its certificate; the keys are OpenSSL's.
+_KINDS: Final = {
+    "CERTIFICATE_VERIFY_FAILED": "certificate",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no_certificate",
+}
 
-    def __init__(self, reason: str) -> None:
+
+class TlsError(OSError):
+    """TLS has failed on this connection: it must be closed. `str()` is one line.
+
+    Attributes: kind: "certificate": that of the peer is not accepted; "no_certificate": it showed none; "tls": anything else.
+    """
+
+    def __init__(self, reason: str, kind: str = "tls") -> None:
         super().__init__(errnos.EPROTO, reason)
         self.reason = reason
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"TLS: {self.reason}"
@@ -165,7 +179,11 @@ class TlsSocket:
                 except ssl.SSLError as error:
                     with contextlib.suppress(OSError):
                         self._drain()  # the alert that says why
-                    raise TlsError(f"handshake: {_sentence(error)}") from None
+                    kind = _KINDS.get(str(error.reason), "tls")
+                    reason = f"handshake: {_sentence(error)}"
+                    if kind == "certificate":
+                        reason += self._refused_name()
+                    raise TlsError(reason, kind) from None
             if not self._drain():
                 return False
             if self._is_done:
@@ -180,6 +198,28 @@ class TlsSocket:
             if self._nr_handshake > HANDSHAKE_BYTES_MAX:
                 reason = f"more than {HANDSHAKE_BYTES_MAX} bytes of handshake"
                 raise TlsError(reason)
+
+    def _refused_name(self) -> str:
+        """Return the name in the peer's certificate, which was not accepted, for the log. It proves nothing.
+
+        `getpeercert` tells nothing about it, because OpenSSL keeps the certificate only if it was accepted. What is kept is
+        the chain as far as it could be built, with the peer's own certificate first. Python 3.13 tells that; before, its inner
+        object does. Nothing can be had where TLS failed before the certificate was looked at, and of a pre-shared key.
+        """
+        chain_of = getattr(self._ssl, "get_verified_chain", None) or getattr(
+            getattr(self._ssl, "_sslobj", None), "get_verified_chain", None
+        )
+        chain: Any = chain_of() if chain_of is not None else None
+        if not chain:
+            return ""
+        first = chain[0]
+        if not isinstance(first, bytes):
+            first = ssl.PEM_cert_to_DER_cert(first.public_bytes())
+        try:
+            name = subject_of(first)
+        except (ValueError, IndexError):
+            return ""
+        return f" (the name in it: {printable(name, NAME_LENGTH_MAX)})"
 
     @property
     def has_unsent(self) -> bool:

@@ -31,7 +31,6 @@ from typing import Final
 
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
 from nbdtarget.config.openings import Opening, refusal
 from nbdtarget.dm.mapped_device import State
@@ -58,6 +57,7 @@ class ConfiguredDevices:
         self._was_read = was_read
         self._registry = registry
         self._config = config
+        self._at_start = config  # what holds until the end of what `_fixed` returns
         self._lock = asyncio.Lock()  # one start or reload after another
         self._openings: dict[str, Opening] = {}
 
@@ -241,15 +241,8 @@ class ConfiguredDevices:
                 path,
                 name,
             )
-        keys = ["listen", "control", "control_token_file", "control_read_token_file"]
-        keys += ["stop_timeout", "limits", "tls", "listen_tls", "metrics"]
-        keys += ["metrics_devices"]
-        changed = [key for key in keys if getattr(config, key) != getattr(before, key)]
-        changed += [
-            key
-            for key in SocketOptions._fields
-            if getattr(config.sockets, key) != getattr(before.sockets, key)
-        ]
+        now, then = _fixed(config), _fixed(self._at_start)
+        changed = [key for key in now if now[key] != then[key]]
         for key in changed:
             log.warning(
                 "%s: `%s' has changed; restart the server to apply it", path, key
@@ -271,3 +264,20 @@ class ConfiguredDevices:
 
 def _same(one: DeviceConfig, other: DeviceConfig) -> bool:
     return one.specs == other.specs and one.read_only == other.read_only
+
+
+def _fixed(config: Config) -> dict[str, object]:
+    """Return what is taken from a file only at the start, by its keys."""
+    keys = ["control", "control_token_file", "control_read_token_file"]
+    keys += ["stop_timeout", "limits", "metrics", "metrics_devices", "state"]
+    fixed: dict[str, object] = {key: getattr(config, key) for key in keys}
+    tls = config.tls
+    return {
+        "listen": (config.listen, config.listen_tls),
+        "tls": tls.mode,
+        "tls_certificates": tls.certificates,
+        "tls_verify_peer": tls.verify_peer,
+        "tls_psk": tls.psk,
+        **config.sockets._asdict(),
+        **fixed,
+    }

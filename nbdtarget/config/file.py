@@ -69,8 +69,9 @@ from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.table import TargetSpec, scan_table
 from nbdtarget.server.address import parse_address
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.tls import TLS_UNSAID, TlsOptions
+from nbdtarget.server.tls import TLS_UNSAID, VERIFIES_WITHOUT_TLS, TlsOptions
 from nbdtarget.targets.base import Target
+from nbdtarget_protocol.handshake import TlsMode
 
 __all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
 
@@ -384,8 +385,11 @@ class _Reader:
                 self._mistake(path, "`listen': a listener needs an `address'")
                 address = f"tcp:127.0.0.1:{nr}"  # nothing is opened any more
             options = self._tls(path, known, directory)
+            merged = options.or_else(default)
             try:
-                options.or_else(default).check()
+                merged.check()
+                if options.verify_peer and merged.tls_mode is TlsMode.OFF:
+                    raise NbdTargetError(VERIFIES_WITHOUT_TLS)
             except NbdTargetError as error:
                 self._mistake(path, f"`listen': {error}")
             self._listen_tls[_absolute(address, directory)] = options

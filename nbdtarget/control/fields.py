@@ -97,7 +97,9 @@ class BelowLine(Answer):
 
 
 class Certificate(Answer):
-    """A certificate of the server."""
+    """A file of certificates, or of withdrawn ones, that the server or one of its disks uses."""
 
-    path: Annotated[str, told("File that it was read from.")]
-    expires_s: Annotated[float, told("Until when it is valid, in Unix time.")]
+    path: Annotated[str, told("The file.")]
+    expires_s: Annotated[
+        float, told("Until when everything in it is valid, in Unix time.")
+    ]

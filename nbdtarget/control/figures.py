@@ -6,6 +6,8 @@ Numbers of requests, bytes and times only grow, so that each reader makes rates 
 
 from typing import Annotated
 
+from msgspec import field
+
 from nbdtarget.control.fields import (
     Answer,
     BelowLine,
@@ -176,7 +178,15 @@ class FiguresAnswer(Answer):
     loop_lag_bounds_s: Annotated[
         tuple[float, ...], told("The bounds of that histogram, in seconds.")
     ]
-    certificates: Annotated[tuple[Certificate, ...], told("Of the server.")] = ()
+    certificates: Annotated[
+        tuple[Certificate, ...], told("Of the server and its disks.")
+    ] = ()
+    refusals: Annotated[
+        dict[str, int],
+        told(
+            "Clients that were refused because of who they are, by reason: `certificate`, `no_certificate`, `tls`, `rules`."
+        ),
+    ] = field(default_factory=dict)
 
 
 class Events(Request):

@@ -103,7 +103,7 @@ class Verbs:
         uris: returns the addresses of the exports; called each time.
         hand_over: hands over to another program, see `upgrade`; None: that is impossible here.
         rules: who may attach to what.
-        certificates: returns those of the server, and until when each is valid (Unix time); called each time.
+        certificates: returns the files of those in use, and until when each is valid (Unix time); called each time.
         monitor: has the figures of the server; None: nothing has.
     Attributes:
         held: why nothing may be changed now; "": it may.

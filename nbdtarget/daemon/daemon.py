@@ -83,7 +83,6 @@ from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
-from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
 
@@ -149,6 +148,7 @@ class Daemon:
         self.listen_access = sockets.listen
         self._control_access = sockets.control
         self.security = security or Security()
+        self.security.disks = self.registry.open_disks
         self._listener = Listener(
             self.registry,
             limits=limits,
@@ -256,11 +256,12 @@ class Daemon:
         for address in addresses:
             tls = self.security.of(address)
             self.uris += await self._listener.start(address, tls)
-            where = parse_address(address)
-            if isinstance(where, TcpAddress) and is_public(where):
-                self.security.warn_of_openness(address)
+        self._warn_of_openness()
         if self._expiry is None:
             self._expiry = self.security.start_watching()
+
+    def _warn_of_openness(self) -> None:
+        self.security.warn_of_openness(self._listener.public_addresses())
 
     # ---- from one process to another ----
 
@@ -437,6 +438,7 @@ class Daemon:
         await offer.prepared()
         self.has_handed_over = False
         await let_go(self.registry, self._moved.devices)
+        self._warn_of_openness()
         self._listener.go_on()
         for server in self._http_servers():
             await server.resume()
@@ -511,9 +513,9 @@ class Daemon:
     def _hung_up(self) -> None:
         """Without a configuration file, SIGHUP comes when the terminal is closed, or was sent after a certificate was renewed."""
         is_closed = self._has_terminal and not has_terminal()
-        if self.security.certificates() and not is_closed:
-            self.security.reload()
-            log.info("SIGHUP: the certificates were read again")
+        if self.security.has_certificates and not is_closed:
+            if self.security.reload():
+                log.info("SIGHUP: the certificates were read again")
             return
         log.warning("SIGHUP: the server stops; with --config it reads its file again")
         self._stop_by_signal()

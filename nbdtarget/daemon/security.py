@@ -3,13 +3,19 @@
 
 import asyncio
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdtarget.common.access import AccessRules, parse_rules
-from nbdtarget.common.clock import sleep
+from nbdtarget.common.clock import sleep, wall_clock_s
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.server.tls import NO_TLS, ListenerTls, TlsOptions
+from nbdtarget.common.x509 import End
+from nbdtarget.daemon.expiry import DiskCertificates, expiry_warning
+from nbdtarget.server.tls import (
+    VERIFIES_WITHOUT_TLS,
+    ListenerTls,
+    TlsOptions,
+)
 from nbdtarget_protocol.handshake import TlsMode
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ __all__ = ["Security", "SecurityOptions", "security_of"]
 log = logging.getLogger(__name__)
 
 EXPIRY_PERIOD_S: Final = 86400.0  # from one look at the certificates to the next
+_REACHES_PORT: Final = "each machine that can reach this port"
 
 
 class SecurityOptions(NamedTuple):
@@ -38,6 +45,7 @@ class Security:
     Attributes:
         tls: of listeners without words of their own.
         rules: who may attach to what.
+        disks: returns the names of the disks that are open, which may have certificates of their own.
     """
 
     def __init__(
@@ -56,14 +64,27 @@ class Security:
         """
         options = options or SecurityOptions()
         self._options = options
-        self.tls = ListenerTls(options.tls)
+        listeners = listeners or {}
+        _check_verification(options.tls, listeners)
+        self._by_options: dict[TlsOptions, ListenerTls] = {}
+        self.tls = self._tls_with(options.tls)
         self._of_listeners = {
-            address: ListenerTls(own.or_else(options.tls))
-            for address, own in (listeners or {}).items()
+            address: self._tls_with(own.or_else(options.tls))
+            for address, own in listeners.items()
         }
         self._taken_over: list[ListenerTls] = []
+        self.disks: Callable[[], Iterable[str]] = tuple
+        self._of_disks = DiskCertificates()
+        self.warn_of_expiry()
         self.rules = AccessRules()
         self.set_rules(default, by_export or {})
+
+    def _tls_with(self, options: TlsOptions) -> ListenerTls:
+        """Return the same object for the same options, so that its files are read, and complained of, once."""
+        tls = self._by_options.get(options)
+        if tls is None:
+            tls = self._by_options[options] = ListenerTls(options)
+        return tls
 
     def of(self, address: str) -> ListenerTls:
         """TLS of the listener at `address`."""
@@ -74,36 +95,49 @@ class Security:
 
         From the first call on, only such sockets count: this process has no others. Raises: NbdTargetError.
         """
-        for tls in self._taken_over:
-            if tls.options == options:
-                return tls
-        tls = ListenerTls(options)
-        self._taken_over.append(tls)
+        tls = self._tls_with(options)
+        if tls not in self._taken_over:
+            self._taken_over.append(tls)
         return tls
 
     def _listeners(self) -> Sequence[ListenerTls]:
-        return self._taken_over or (self.tls, *self._of_listeners.values())
+        return self._taken_over or tuple(self._by_options.values())
 
-    def warn_of_openness(self, address: str) -> None:
-        """Log a line if clients of that listener, which other machines can reach, are not asked who they are."""
-        tls = self.of(address)
+    def warn_of_openness(self, listeners: Mapping[str, ListenerTls]) -> None:
+        """Log a line if clients of listeners that other machines can reach are not asked who they are.
+
+        Args: listeners: by their addresses, as `Listener.public_addresses` returns them.
+        """
+        found: dict[str, list[str]] = {}
+        for address, tls in listeners.items():
+            found.setdefault(self._openness(address, tls), []).append(address)
+        for reason, addresses in found.items():
+            if reason:
+                log.warning("%s: %s", ", ".join(addresses), reason)
+
+    def _openness(self, address: str, tls: ListenerTls) -> str:
+        """Return how open a listener is, as a sentence; "": its clients are asked who they are."""
+        has_rules = self.rules.default is not None
+        disks = "the disks that have no rules" if self.rules.by_export else "the disks"
+        if address.startswith("vsock:"):
+            # What is sent stays in this machine, so only who may attach matters.
+            is_open = not (has_rules or tls.knows_clients)
+            reason = f"each virtual machine of this host can read and write {disks} (--access)"
+            return reason if is_open else ""
         if tls.mode is TlsMode.OFF:
-            log.warning(
-                "%s: NBD without TLS (--tls): each machine that can reach this port can read and write"
-                " the disks%s, and machines on the way can read what is sent",
-                address,
-                "" if self.rules.default is None else " as the rules say",
+            by_rules = " as the rules say" if has_rules else ""
+            return (
+                f"NBD without TLS (--tls): {_REACHES_PORT} can read and write the disks{by_rules}, and machines"
+                " on the way can read what is sent"
             )
-        elif (
-            tls.options.psk is None
-            and not tls.verifies_peer
-            and self.rules.default is None
-        ):
-            log.warning(
-                "%s: TLS encrypts, but clients are not asked who they are: each machine that can reach"
-                " this port can read and write the disks (--tls-verify-peer, --access)",
-                address,
-            )
+        if has_rules or tls.knows_clients:
+            return ""
+        encrypts = "is offered" if tls.mode is TlsMode.ON else "encrypts"
+        remedy = "--tls require" if tls.options.psk else "--tls-verify-peer"
+        return (
+            f"TLS {encrypts}, but clients are not asked who they are: {_REACHES_PORT} can read and write"
+            f" {disks} ({remedy}, --access)"
+        )
 
     def set_rules(
         self,
@@ -130,38 +164,72 @@ class Security:
                 " (--tls-verify-peer, or tls_verify_peer in the configuration file)"
             )
 
-    def reload(self) -> None:
-        """Read all certificates again, for connections to come. An error is logged, and the old certificates stay."""
+    def reload(self) -> bool:
+        """Read all certificates again, for connections to come. Returns whether that was possible.
+
+        What cannot be read is logged, once for each file, and the old certificates stay.
+        """
+        errors: dict[str, None] = {}
         for tls in self._listeners():
             try:
                 tls.reload()
             except NbdTargetError as error:
-                log.error("certificates not reloaded: %s", error)
+                errors[str(error)] = None
+        for each in errors:
+            log.error("certificates not reloaded: %s", each)
+        self.warn_of_expiry()
+        return not errors
+
+    @property
+    def has_certificates(self) -> bool:
+        """Whether a listener has some."""
+        return any(tls.ends for tls in self._listeners())
+
+    def _ends(self) -> dict[str, End]:
+        """Return what ends first in each file of the listeners and of the disks."""
+        found = self._of_disks.ends(self.disks())
+        for tls in self._listeners():
+            found.update(tls.ends)
+        return found
 
     def certificates(self) -> dict[str, float]:
-        """The certificate files of all listeners, and until when each is valid: Unix time."""
-        found: dict[str, float] = {}
-        for tls in self._listeners():
-            if tls is not NO_TLS and tls.certificate_path is not None:
-                found[tls.certificate_path] = tls.expires_s
-        return found
+        """The files of certificates of the listeners and of the disks, and until when all in them is valid: Unix time."""
+        return {path: end.expires_s for path, end in self._ends().items()}
+
+    def warn_of_expiry(self) -> None:
+        """Log a line for each file in which something has ended, or will soon."""
+        now_s = wall_clock_s()
+        for path, end in self._ends().items():
+            if warning := expiry_warning(path, end, now_s):
+                log.warning("%s", warning)
 
     async def watch_expiry(self) -> None:
         """Warn once a day of certificates that end. Runs until it is cancelled."""
         while True:
             await sleep(EXPIRY_PERIOD_S)
             try:
-                for tls in self._listeners():
-                    tls.warn_of_expiry()
+                self.warn_of_expiry()
             except Exception:
                 # A bug of ours. Tomorrow it is tried again.
                 log.exception("it was not looked whether certificates expire soon")
 
-    def start_watching(self) -> "asyncio.Task[None] | None":
-        """Begin `watch_expiry`, if there is a certificate."""
-        if not self.certificates():
-            return None
+    def start_watching(self) -> "asyncio.Task[None]":
+        """Begin `watch_expiry`. Disks with certificates may come later."""
         return asyncio.create_task(self.watch_expiry())
+
+
+def _check_verification(
+    default: TlsOptions, listeners: Mapping[str, TlsOptions]
+) -> None:
+    """Raises: NbdTargetError: clients are to show a certificate, and no listener has TLS, so that none would be asked for one."""
+    merged = [own.or_else(default) for own in listeners.values()]
+    is_in_vain = bool(default.verify_peer) and all(
+        each.tls_mode is TlsMode.OFF for each in (default, *merged)
+    )
+    for own, used in zip(listeners.values(), merged, strict=True):
+        is_in_vain |= bool(own.verify_peer) and used.tls_mode is TlsMode.OFF
+    if is_in_vain:
+        raise NbdTargetError(VERIFIES_WITHOUT_TLS)
 
 
 def security_of(options: SecurityOptions, config: "Config | None") -> Security:

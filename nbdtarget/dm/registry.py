@@ -117,15 +117,20 @@ class Registry:
         # Empty, as other servers have it: clients on a network need not know how the disk is made.
         return device.dm_name, ""
 
+    def open_disks(self) -> list[str]:
+        """The names of the disks that all devices stand on, without `raw:`."""
+        return [each.bare_name for each in self.opens.devices()]
+
+    def claimed_names(self) -> Iterable[str]:
+        """The names of all exports, of those that could not be opened, too."""
+        for device in self.devices():
+            if device.has_table or device.failure:
+                yield device.dm_name
+
     def maybe_get(self, name: str) -> MappedDevice | None:
-        """Return the export called `name`; "" is the only one, if there is only one."""
-        if name:
-            device = self._devices.get(name)
-            return device if device is not None and device.active is not None else None
-        # One that could not be opened counts: a client must not get another disk in its place.
-        exports = [each for each in self.devices() if each.has_table or each.failure]
-        only = exports[0] if len(exports) == 1 else None
-        return only if only is not None and only.active is not None else None
+        """Return the export called `name`."""
+        device = self._devices.get(name)
+        return device if device is not None and device.active is not None else None
 
     def why_missing(self, name: str) -> str:
         """Why there is no export `name` although a file configures one; "" if there is no such reason."""

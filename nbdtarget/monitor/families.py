@@ -100,6 +100,11 @@ def _certificates(groups: Groups) -> Rows:
         yield "", (each.path,), each.expires_s
 
 
+def _refusals(groups: Groups) -> Rows:
+    for reason, nr in groups.figures.refusals.items():
+        yield "", (reason,), nr
+
+
 SERVER: Final = (
     Family(
         "nbdtarget_build_info",
@@ -131,6 +136,13 @@ SERVER: Final = (
         COUNTER,
         "Connections that were closed at once, because of a bound.",
         rows=_one(lambda it: it.refused),
+    ),
+    Family(
+        "nbdtarget_clients_refused_total",
+        COUNTER,
+        "Clients that were refused because of their certificate, because they showed none, because the handshake of TLS failed, or by the rules of an export.",
+        ("reason",),
+        _refusals,
     ),
     Family(
         "nbdtarget_connections_waiting",
@@ -201,7 +213,7 @@ SERVER: Final = (
     Family(
         "nbdtarget_certificate_expiry_timestamp_seconds",
         GAUGE,
-        "Until when a certificate of the server is valid, in Unix time.",
+        "Until when everything in a file of certificates, or of withdrawn ones, is valid that the server or one of its disks uses, in Unix time.",
         ("file",),
         _certificates,
     ),

@@ -60,7 +60,7 @@ _NOTHING: Final = [0] * (NR_TOTALS + len(BOUNDS_NS) + 1)  # of an operation
 class Observer:
     """See the module head.
 
-    Args: certificates: returns those of the server, and until when each is valid (Unix time).
+    Args: certificates: returns the files of those in use, and until when each is valid (Unix time).
     Attributes: has_device_metrics: metrics tell of each device; with thousands of devices that may be too many lines.
     """
 
@@ -114,6 +114,7 @@ class Observer:
             bounds=self._bounds(),
             waiting=0 if listener.budget is None else listener.budget.nr_waiters,
             refused=listener.nr_refused,
+            refusals=dict(listener.refusals.counts),
             operations=_operations(counts),
             latencies=_latencies(counts),
             latency_bounds_s=tuple(bound / 1e9 for bound in BOUNDS_NS),

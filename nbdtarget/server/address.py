@@ -13,17 +13,18 @@ __all__ = [
     "TcpAddress",
     "UnixAddress",
     "VsockAddress",
-    "is_public",
     "parse_address",
+    "public_address",
 ]
 
 UNIX_PATH_MAX: Final = 107
 TCP_PORT_MAX: Final = 0xFFFF
 VSOCK_NUMBER_MAX: Final = 0xFFFFFFFF
+VSOCK_LOCAL: Final = 1  # the CID by which a machine reaches itself
 # CIDs that have a meaning of their own: see vsock(7).
 VSOCK_WORDS: Final = {
     "any": str(socket.VMADDR_CID_ANY),
-    "local": "1",
+    "local": str(VSOCK_LOCAL),
     "host": str(socket.VMADDR_CID_HOST),
 }
 
@@ -49,14 +50,21 @@ class VsockAddress(NamedTuple):
 Address = UnixAddress | TcpAddress | VsockAddress
 
 
-def is_public(address: TcpAddress) -> bool:
-    """Whether other machines can reach the address: it is not the loopback interface's."""
-    if address.host.lower() == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(address.host).is_loopback
-    except ValueError:
-        return True  # every interface, or a name that has to be looked up
+def public_address(sock: socket.socket) -> str:
+    """Return the address of a bound socket that other machines can reach; "": they cannot reach it."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_VSOCK:
+        cid = "any" if name[0] == socket.VMADDR_CID_ANY else name[0]
+        return "" if cid == VSOCK_LOCAL else f"vsock:{cid}:{name[1]}"
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    address = ipaddress.ip_address(name[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return ""
+    host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+    return f"tcp:{host}:{name[1]}"
 
 
 def parse_address(address: str) -> Address:

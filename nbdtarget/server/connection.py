@@ -592,7 +592,8 @@ class Connection:
         The alert that says why has left. In TLS 1.3 a client may send its first option before it reads that; a socket
         that is closed by then answers with a reset, and the client never learns the reason.
         """
-        log.info("%s: %s", self.peer, error)
+        client = self._negotiation.identity
+        self._shared.refusals.note(error.kind, f"{self.peer} ({client}): {error}")
         self._sock, self._tls = tls.give_up(), None
         self.state = DRAINING
         self._watch.stop_writing()

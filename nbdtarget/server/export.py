@@ -25,6 +25,7 @@ from nbdtarget_protocol.consts import (
     FLAG_SEND_WRITE_ZEROES,
     PAYLOAD_MAX_DEFAULT,
     REP_ERR_POLICY,
+    REP_ERR_TLS_REQD,
     REP_ERR_UNKNOWN,
 )
 from nbdtarget_protocol.errors import OptionError
@@ -54,8 +55,12 @@ class ExportDirectory(Protocol):
         """Return (name, description) of the export that is `device`, as `names` does."""
         ...
 
+    def claimed_names(self) -> Iterable[str]:
+        """Return the name of each export, of those that cannot be served now, too."""
+        ...
+
     def maybe_get(self, name: str) -> Device | None:
-        """Return the device of that name. "" means the only device, if there is exactly one."""
+        """Return the device of that name."""
         ...
 
     def why_missing(self, name: str) -> str:
@@ -113,6 +118,8 @@ class DirectoryExports:
         rules: what the client may attach; without them, everything.
         why_full: returns why no further client may attach to a device; "": it may.
         peer: how the log names the client.
+        asks_for_certificates: the listener verifies certificates. An export without rules exists only for clients that have shown one.
+        refused: called with the reason and a line for the log, see `Refusals`.
 
     Attributes:
         client: what is known of the client. TLS adds to it.
@@ -127,6 +134,8 @@ class DirectoryExports:
         client: Identity | None = None,
         peer: str = "",
         why_full: Callable[[Device], str] = lambda _: "",
+        asks_for_certificates: bool = False,
+        refused: Callable[[str, str], None] = lambda _, line: log.warning("%s", line),
     ) -> None:
         self.directory = directory
         self._why_full = why_full
@@ -134,6 +143,8 @@ class DirectoryExports:
         self._payload_max = min(payload_max, PAYLOAD_MAX_DEFAULT)
         self._rules = rules or AccessRules()
         self._peer = peer
+        self._asks_for_certificates = asks_for_certificates
+        self._note_refusal = refused
         self._refused: set[str] = set()  # each is logged once
 
     def encrypted(self, version: str, names: tuple[str, ...]) -> None:
@@ -143,17 +154,48 @@ class DirectoryExports:
 
     def names(self) -> Iterable[tuple[str, str]]:
         for name, description in self.directory.names():
-            if self._rules.access(name, self.client) is not Access.NONE:
+            if self._rights(name) is not Access.NONE:
                 yield name, description
 
     def lookup(self, name: str) -> ExportInfo | None:
+        name = name or self._default()
+        found = self._lookup(name) if name else None
+        if found is None and self._is_unknown:
+            # The same for exports that exist and for others: only a certificate tells whether there is one for this client.
+            raise OptionError(REP_ERR_TLS_REQD, "a certificate is asked for: use TLS")
+        return found
+
+    def _default(self) -> str:
+        """Return the name of the only export that the client may attach, which "" means; "": there is none, or there are several.
+
+        One that cannot be served now counts: a client must not get another disk in its place. Exports that the client may
+        not attach do not count, or "" would tell of them.
+        """
+        names = list(self.directory.claimed_names())
+        found = [name for name in names if self._rights(name) is not Access.NONE]
+        if names and not found:
+            self._note_once("", "the default export")
+        return found[0] if len(found) == 1 else ""
+
+    @property
+    def _is_unknown(self) -> bool:
+        """Whether the client could still show a certificate that is asked for. After TLS it has shown one."""
+        return self._asks_for_certificates and not self.client.is_encrypted
+
+    def _rights(self, name: str) -> Access:
+        """Return the rights of the client on an export, whether it exists or not."""
+        if self._is_unknown and self._rules.of(name) is None:
+            return Access.NONE
+        return self._rules.access(name, self.client)
+
+    def _lookup(self, name: str) -> ExportInfo | None:
         device = self.directory.maybe_get(name)
         if device is None:
             reason = self.directory.why_missing(name)
             if reason and self._access(name) is not Access.NONE:
                 raise OptionError(REP_ERR_UNKNOWN, reason)
             return None
-        # Also of the default export, "": INFO_NAME tells the name that it is listed by.
+        # INFO_NAME tells the name that it is listed by, also if the client has asked for the default export, "".
         name, description = self.directory.listed(device)
         access = self._access(name)
         if access is Access.NONE:
@@ -174,13 +216,19 @@ class DirectoryExports:
 
     def _access(self, name: str) -> Access:
         """Return the rights of the client on an export that exists."""
-        access = self._rules.access(name, self.client)
-        if access is Access.NONE and name not in self._refused:
-            self._refused.add(name)
-            log.warning(
-                "%s (%s): may not attach %s: no rule allows it",
-                self._peer,
-                self.client,
-                name,
-            )
+        access = self._rights(name)
+        if access is Access.NONE:
+            self._note_once(name, name)
         return access
+
+    def _note_once(self, name: str, shown: str) -> None:
+        """The client may not attach an export that exists."""
+        if name in self._refused:
+            return
+        self._refused.add(name)
+        is_by_rule = not self._is_unknown or self._rules.of(name) is not None
+        why = "no rule allows it" if is_by_rule else "it has shown no certificate"
+        self._note_refusal(
+            "rules" if is_by_rule else "no_certificate",
+            f"{self._peer} ({self.client}): may not attach {shown}: {why}",
+        )

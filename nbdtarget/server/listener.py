@@ -46,7 +46,12 @@ from nbdtarget.common.unix_socket import (
 )
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file.buffers import ALIGNED_BUFFERS
-from nbdtarget.server.address import UnixAddress, VsockAddress, parse_address
+from nbdtarget.server.address import (
+    UnixAddress,
+    VsockAddress,
+    parse_address,
+    public_address,
+)
 from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.connection import Connection
@@ -56,6 +61,7 @@ from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
 from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
+from nbdtarget.server.refusals import Refusals
 from nbdtarget.server.rest import come_to_rest
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.shares import Share, Shares
@@ -122,6 +128,7 @@ class Listener:
         self._shaking: dict[Connection, None] = {}  # may hold some that are attached
         self._refused = SayRarely(self._clock)
         self.nr_refused = 0
+        self.refusals = Refusals(self._clock)
         self._moved: list[tuple[socket.socket, MovedConnection]] = []
         self._is_accepting = False
         self._is_closed = False
@@ -217,6 +224,14 @@ class Listener:
         """
         return [self.start_socket(passed_socket(fd))]
 
+    def public_addresses(self) -> dict[str, ListenerTls]:
+        """Return the addresses that other machines can reach, as they are, and what is asked of their clients."""
+        found = {}
+        for fd, sock in self._sockets.items():
+            if address := public_address(sock):
+                found[address] = self._tls_of[fd]
+        return found
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop accepting, finish what is in flight, close; abort after `grace_s`."""
         if self._is_closed:
@@ -239,6 +254,7 @@ class Listener:
             timer = self._clock.call_later(grace_s, self._abort_all)
             await all_gone
             timer.cancel()
+        self.refusals.close()
         self._spare_memory.close()
 
     def _abort_all(self) -> None:
@@ -315,6 +331,7 @@ class Listener:
         Clients that could not be moved are disconnected.
         """
         self._is_closed = True
+        self.refusals.close()
         self._spare_memory.close()
         for connection in list(self._connections):
             connection.leave()
@@ -478,6 +495,7 @@ class Listener:
                 hang_up_events=self._hang_up_events,
                 rules=self._rules,
                 accounts=self.accounts,
+                refusals=self.refusals,
             )
 
     # ---- connections ----

@@ -37,7 +37,9 @@ class Negotiation:
     ) -> None:
         self._output = output
         self._tls_context = tls.context
-        self._exports = shared.exports_of(client, peer)
+        self._exports = shared.exports_of(
+            client, peer, asks_for_certificates=tls.verifies_peer
+        )
         self.handshake = ServerHandshake(
             self._exports,
             output_max=shared.limits.handshake_output_max,

@@ -16,6 +16,7 @@ from nbdtarget.server.export import DirectoryExports, ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.poller import Polling
+from nbdtarget.server.refusals import Refusals
 from nbdtarget.server.shares import Shares
 from nbdtarget.server.traffic import Accounts
 
@@ -43,8 +44,11 @@ class Shared:
     ]  # see nbdtarget.server.peer
     rules: AccessRules  # who may attach to what
     accounts: Accounts
+    refusals: Refusals
 
-    def exports_of(self, client: Identity | None, peer: str) -> DirectoryExports:
+    def exports_of(
+        self, client: Identity | None, peer: str, *, asks_for_certificates: bool
+    ) -> DirectoryExports:
         """Return the exports that a client may attach; see `DirectoryExports`."""
         return DirectoryExports(
             self.directory,
@@ -53,6 +57,8 @@ class Shared:
             client=client,
             peer=peer,
             why_full=self.shares.why_full,
+            asks_for_certificates=asks_for_certificates,
+            refused=self.refusals.note,
         )
 
 

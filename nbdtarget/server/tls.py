@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ListenerTls`: what a listener says to STARTTLS, and its certificates, which can be changed while it serves."""
 
-import logging
 import os
 import ssl
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nbdtarget.common.clock import wall_clock_s
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.tls_context import certificate_end_s, server_context
+from nbdtarget.common.tls_context import (
+    CA_CERT,
+    CA_CRL,
+    SERVER_CERT,
+    server_context,
+)
+from nbdtarget.common.x509 import End, earliest_end
 from nbdtarget_protocol.handshake import TlsMode
 
-__all__ = ["EXPIRY_WARN_S", "NO_TLS", "TLS_UNSAID", "ListenerTls", "TlsOptions"]
+__all__ = [
+    "NO_TLS",
+    "TLS_UNSAID",
+    "VERIFIES_WITHOUT_TLS",
+    "ListenerTls",
+    "TlsOptions",
+]
 
-log = logging.getLogger(__name__)
-
-EXPIRY_WARN_S: Final = 14 * 86400.0  # before the certificate ends
-_DAY_S: Final = 86400.0
+VERIFIES_WITHOUT_TLS: Final = (
+    "tls: clients are to show a certificate (--tls-verify-peer, tls_verify_peer), but without TLS they show none:"
+    " give --tls-certificates DIR, and not `--tls off'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +93,8 @@ class ListenerTls:
         options: with the mode in words, also if only keys were given.
         mode: what STARTTLS gets.
         context: for new connections; None with `TlsMode.OFF`.
-        certificate_path: the file with the server's certificate; None: there is none.
-        expires_s: until when that is valid: Unix time; 0: there is none.
+        ends: by path, what ends first in each file that is used: the server's certificate and those up to its authority; where
+            clients are verified, their authorities, and the lists of withdrawn certificates.
     """
 
     def __init__(self, options: TlsOptions) -> None:
@@ -93,12 +103,7 @@ class ListenerTls:
         self.mode = options.tls_mode
         self.options = replace(options, mode=self.mode.value)
         self.context: ssl.SSLContext | None = None
-        self.certificate_path: str | None = None
-        self.expires_s = 0.0
-        if self.mode is not TlsMode.OFF and options.certificates is not None:
-            self.certificate_path = os.path.join(
-                options.certificates, "server-cert.pem"
-            )
+        self.ends: dict[str, End] = {}
         self.reload()
 
     @property
@@ -106,36 +111,37 @@ class ListenerTls:
         """Whether clients show a certificate that is verified."""
         return self.mode is not TlsMode.OFF and bool(self.options.verify_peer)
 
+    @property
+    def knows_clients(self) -> bool:
+        """Whether only clients can attach exports without rules that have shown who they are: by a certificate, or by a key."""
+        has_key = self.options.psk is not None and self.mode is TlsMode.REQUIRE
+        return self.verifies_peer or has_key
+
     def reload(self) -> None:
         """Read the files again, for connections to come. Raises: NbdTargetError: nothing has changed."""
         if self.mode is TlsMode.OFF:
             return
         options = self.options
-        self.context = server_context(
+        context = server_context(
             options.certificates,
             verify_peer=bool(options.verify_peer),
             psk_file=options.psk,
         )
-        if self.certificate_path is not None:
-            self.expires_s = certificate_end_s(self.certificate_path)
-        self.warn_of_expiry()
+        ends = {path: earliest_end(path) for path in self._files()}
+        self.ends = {path: end for path, end in ends.items() if end is not None}
+        self.context = context
 
-    def warn_of_expiry(self) -> None:
-        """Log a line if the certificate has ended, or will soon."""
-        if self.certificate_path is None:
-            return
-        left_s = self.expires_s - wall_clock_s()
-        if left_s <= 0:
-            log.warning(
-                "%s: has expired: clients will refuse it; renew it and send SIGHUP",
-                self.certificate_path,
-            )
-        elif left_s < EXPIRY_WARN_S:
-            log.warning(
-                "%s: expires in %d days: renew it and send SIGHUP",
-                self.certificate_path,
-                left_s // _DAY_S,
-            )
+    def _files(self) -> list[str]:
+        """Return the files of the certificates that are in use, and of the list of withdrawn ones if there is one."""
+        directory = self.options.certificates
+        if directory is None:
+            return []
+        paths = [os.path.join(directory, SERVER_CERT)]
+        if self.verifies_peer:
+            paths.append(os.path.join(directory, CA_CERT))
+            withdrawn = os.path.join(directory, CA_CRL)
+            paths += [withdrawn] if os.path.exists(withdrawn) else []
+        return paths
 
 
 TLS_UNSAID: Final = TlsOptions()

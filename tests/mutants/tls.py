@@ -129,8 +129,32 @@ TLS: Final = (
         "nbdtarget.server.export:DirectoryExports.names",
         (
             (
-                "            if self._rules.access(name, self.client) is not Access.NONE:",
+                "            if self._rights(name) is not Access.NONE:",
                 "            if True:",
+            ),
+        ),
+        CLIENTS,
+    ),
+    Mutant(
+        "clients-without-a-certificate-are-served",
+        "A listener that verifies certificates serves whoever does not use TLS.",
+        "nbdtarget.server.export:DirectoryExports._rights",
+        (
+            (
+                "        if self._is_unknown and self._rules.of(name) is None:",
+                "        if False:",
+            ),
+        ),
+        CLIENTS,
+    ),
+    Mutant(
+        "default-export-tells-of-hidden-ones",
+        "The answer to the empty name depends on disks that the client may not attach.",
+        "nbdtarget.server.export:DirectoryExports._default",
+        (
+            (
+                "for name in names if self._rights(name) is not Access.NONE]",
+                "for name in names]",
             ),
         ),
         CLIENTS,
@@ -138,7 +162,7 @@ TLS: Final = (
     Mutant(
         "read-only-clients-may-write",
         "A client that may only read changes the disk.",
-        "nbdtarget.server.export:DirectoryExports.lookup",
+        "nbdtarget.server.export:DirectoryExports._lookup",
         (("read_only=access is Access.READ", "read_only=False"),),
         CLIENTS,
     ),

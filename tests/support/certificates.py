@@ -5,6 +5,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +55,23 @@ class Authority:
             "-out", target / f"{side}-cert.pem",
         )  # fmt: skip
         shutil.copy(self.certificate, target / "ca-cert.pem")
+
+    def withdraw(self, certificate: Path, target: Path, days: int = 9) -> None:
+        """Write a list of withdrawn certificates (CRL) with `certificate` in it. Args: days: until its nextUpdate; may be negative."""
+        settings = self.directory / "crl.cnf"
+        settings.write_text(
+            "[ca]\ndefault_ca=it\n[it]\ndatabase=withdrawn\ndefault_md=sha256\n"
+        )
+        (self.directory / "withdrawn").write_text("")
+        of_us = ("-config", settings, "-cert", self.certificate, "-keyfile", self.key)
+        self._openssl("ca", *of_us, "-revoke", certificate)
+        now = datetime.now(UTC)
+        begin, end = now - timedelta(days=30), now + timedelta(days=days)
+        self._openssl(
+            "ca", *of_us, "-gencrl", "-out", target,
+            "-crl_lastupdate", f"{begin:%Y%m%d%H%M%SZ}",
+            "-crl_nextupdate", f"{end:%Y%m%d%H%M%SZ}",
+        )  # fmt: skip
 
     def _openssl(self, *words: str | Path) -> None:
         subprocess.run(

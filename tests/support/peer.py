@@ -111,9 +111,10 @@ class Directory:
     def names(self) -> Iterable[tuple[str, str]]:
         return [(name, f"about {name}") for name in self.devices]
 
+    def claimed_names(self) -> Iterable[str]:
+        return [*self.devices, *self.missing]
+
     def maybe_get(self, name: str) -> Device | None:
-        if name == "" and len(self.devices) == 1:
-            return next(iter(self.devices.values()))
         return self.devices.get(name)
 
     def listed(self, device: Device) -> tuple[str, str]:

@@ -83,6 +83,8 @@ def parse_rbd_of_qemu(name: str, what: str) -> RbdImage:
     """Take rbd:POOL/IMAGE[@SNAPSHOT][:KEY=VALUE]… apart. Raises: ResolveError. Args: name: for the error."""
     _, place, *options = (_plain(each) for each in _COLON.split(what))
     told = dict(option.partition("=")[::2] for option in options)
+    if len(told) < len(options):
+        raise ResolveError(name, "an option stands twice")
     if "/" not in place or set(told) - {*_OPTIONS}:
         raise ResolveError(
             name, "write rbd:POOL/IMAGE[@SNAPSHOT][:id=USER][:conf=FILE]"

@@ -570,6 +570,8 @@ def _options(name: str, fragment: str, keys: tuple[str, ...]) -> dict[str, str]:
                 name,
                 f"unknown option `{key}' behind the #: write {', '.join(keys)}{_near(key, keys)}",
             )
+        if key in options:
+            raise ResolveError(name, f"option `{key}' stands twice behind the #")
         options[key] = _decoded(name, value)
     return options
 

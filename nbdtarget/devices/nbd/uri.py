@@ -7,7 +7,7 @@
     nbds://…, nbds+unix://…, nbds+vsock://…    the same with TLS, or not at all
 
 Export name and values are %-decoded. A query key that is not known is refused by its name: what it was meant to say, for
-example that a certificate is to be verified, must not be ignored. With TLS:
+example that a certificate is to be verified, must not be ignored. For the same reason a key that stands twice is refused. With TLS:
 
     tls-certificates=DIR       ca-cert.pem, client-cert.pem, … (see `nbdtarget.common.tls_context`); without it, the
                                authorities that the system trusts, and no certificate of ours
@@ -131,7 +131,7 @@ def parse_nbd_uri(name: str) -> NbdUri:
         # The ports of vsock have higher numbers than those of TCP.
         port = None if scheme.endswith("+vsock") else parts.port
         export_name = unquote(parts.path.removeprefix("/"), errors="strict")
-        query = _query(parts.query)
+        query = _query(name, parts.query)
     except ValueError as error:  # also UnicodeDecodeError
         raise ResolveError(name, f"not an NBD URI: {error}") from None
     if scheme not in NBD_SCHEMES:
@@ -252,7 +252,11 @@ def _with_options(name: str, uri: NbdUri, query: dict[str, str]) -> NbdUri:
     return uri
 
 
-def _query(text: str) -> dict[str, str]:
-    """Keys and %-decoded values. A "+" is a plus here, unlike in HTML forms."""
-    pairs = (item.partition("=") for item in text.split("&") if item)
-    return {key: unquote(value, errors="strict") for key, _, value in pairs}
+def _query(name: str, text: str) -> dict[str, str]:
+    """Keys and %-decoded values. A "+" is a plus here, unlike in HTML forms. Raises: ResolveError, ValueError."""
+    found: dict[str, str] = {}
+    for key, _, value in (item.partition("=") for item in text.split("&") if item):
+        if key in found:
+            raise ResolveError(name, f"`{key}' stands twice in the URI")
+        found[key] = unquote(value, errors="strict")
+    return found

@@ -73,6 +73,8 @@ def parse_options(
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"did you mean `{near[0]}'?" if near else f"write {', '.join(keys)}"
             raise ResolveError(name, f"unknown option `{key}' behind the #; {hint}")
+        if key in found:
+            raise ResolveError(name, f"option `{key}' stands twice behind the #")
         found[key] = unquote(value)
     pin = found.get("pin", "etag")
     if pin not in ("etag", "size"):

@@ -4,14 +4,12 @@
 import shutil
 import ssl
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.tls_context import (
-    certificate_end_s,
     client_context,
     has_psk,
     server_context,
@@ -99,46 +97,6 @@ def test_authority_that_is_none(pki: Path) -> None:
     shutil.copy(pki / "client-cert.pem", pki / "ca-cert.pem")
     with pytest.raises(NbdTargetError, match="has no certificate of an authority"):
         server_context(str(pki), verify_peer=True)
-
-
-# ---- the end of a certificate ----
-
-
-def test_end_is_what_openssl_says(pki: Path) -> None:
-    path = pki / "server-cert.pem"
-    said = subprocess.run(
-        ["openssl", "x509", "-noout", "-enddate", "-in", path],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    ).stdout.strip()
-    end_s = certificate_end_s(str(path))
-    assert end_s == ssl.cert_time_to_seconds(said.removeprefix("notAfter="))
-
-
-def test_end_after_2050_has_another_form(tmp_path: Path) -> None:
-    authority()[0].issue(tmp_path, "server", "x", days=365 * 40)
-    end_s = certificate_end_s(str(tmp_path / "server-cert.pem"))
-    assert abs(end_s - time.time() - 365 * 40 * 86400) < 86400
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
-        "-----BEGIN CERTIFICATE-----\nMIIBAAAA\n-----END CERTIFICATE-----\n",
-        "-----BEGIN CERTIFICATE-----\nMAowCDAAMAAwADAA\n-----END CERTIFICATE-----\n",
-    ],
-)
-def test_end_of_what_is_no_certificate(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "x.pem"
-    path.write_text(text)
-    with pytest.raises(NbdTargetError, match="has no certificate in PEM"):
-        certificate_end_s(str(path))
-    with pytest.raises(NbdTargetError, match="No such file"):
-        certificate_end_s(str(tmp_path / "y.pem"))
 
 
 # ---- pre-shared keys ----

@@ -309,6 +309,28 @@ async def test_listeners_and_limits_wait_for_a_restart(
     assert await server.reload() == NOTHING
     assert "`listen' has changed; restart the server" in caplog.text
     assert "`limits' has changed; restart the server" in caplog.text
+    caplog.clear()
+    assert await server.reload() == NOTHING
+    assert "`listen' has changed; restart the server" in caplog.text
+    # What runs is compared, and not what was read last.
+    server.write()
+    caplog.clear()
+    assert await server.reload() == NOTHING
+    assert "has changed" not in caplog.text
+
+
+async def test_key_that_has_changed_is_named_as_it_is_in_the_file(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.write()
+    await server.start()
+    server.path.write_text(
+        "listen = [{address = 'unix:s', tls = 'off'}]\ntls_certificates = 'pki'\nstate = '/s'\n"
+    )
+    assert await server.reload() == NOTHING
+    said = [each.getMessage().partition("`")[2] for each in caplog.records]
+    named = [each.partition("'")[0] for each in said if "has changed" in each]
+    assert sorted(named) == ["listen", "state", "tls_certificates"]
 
 
 async def test_reload_and_tell_says_everything_in_the_log(

@@ -27,6 +27,10 @@ from nbdtarget.daemon.client_command import ClientCommand, attach_variables
             "nbds+vsock://2:4000000000/d",
             {"unixsocket": "", "port": "4000000000", "exportname": "d"},
         ),
+        (
+            "nbd+vsock://2:4294967294/d",
+            {"unixsocket": "", "port": "4294967294", "exportname": "d"},
+        ),
     ],
 )
 def test_variables_say_how_to_attach(uri: str, expected: dict[str, str]) -> None:

@@ -157,3 +157,22 @@ async def test_address_for_metrics_beside_a_socket_that_was_passed_is_told(
         f"metrics are on the socket that was passed, and not on {address}"
     ]
     assert not address.exists()
+
+
+async def test_passed_socket_that_other_machines_can_reach_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    daemon = Daemon()
+    with socket.socket() as everywhere, socket.socket() as here:
+        everywhere.bind(("0.0.0.0", 0))
+        here.bind(("127.0.0.1", 0))
+        for each in (everywhere, here):
+            each.listen()
+        port = everywhere.getsockname()[1]
+        await daemon.listen((), [os.dup(everywhere.fileno()), os.dup(here.fileno())])
+    await daemon.close(has_served=False)
+    warnings = [
+        each.getMessage() for each in caplog.records if each.levelname == "WARNING"
+    ]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"tcp:0.0.0.0:{port}: NBD without TLS")

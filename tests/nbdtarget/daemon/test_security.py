@@ -75,7 +75,8 @@ def test_socket_of_another_process_stays_as_it_was_there() -> None:
     assert tls.verifies_peer
     assert tls.context is not None
     assert security.taken_over(running) is tls
-    assert list(security.certificates()) == [f"{pki()}/server-cert.pem"]
+    paths = {f"{pki()}/server-cert.pem", f"{pki()}/ca-cert.pem"}
+    assert set(security.certificates()) == paths
     with pytest.raises(NbdTargetError, match="/nonexistent/"):
         security.taken_over(TlsOptions("require", "/nonexistent"))
 
@@ -90,8 +91,8 @@ def test_listeners_differ() -> None:
     assert not security.of("unix:/other").verifies_peer
     assert security.of("unix:/s").mode is TlsMode.OFF
     assert security.of(PUBLIC).verifies_peer
-    (path,) = security.certificates()
-    assert path == f"{pki()}/server-cert.pem"
+    paths = {f"{pki()}/server-cert.pem", f"{pki()}/ca-cert.pem"}
+    assert set(security.certificates()) == paths
     assert Security().certificates() == {}
 
 
@@ -104,6 +105,8 @@ def test_listeners_differ() -> None:
         (SecurityOptions(TlsOptions("require", "PKI")), "are not asked who they are"),
         (SecurityOptions(TlsOptions("require", "PKI", True)), ""),
         (SecurityOptions(TlsOptions("require", "PKI"), ("rw tls",)), ""),
+        (SecurityOptions(TlsOptions("on", "PKI")), "TLS is offered, but clients are"),
+        (SecurityOptions(TlsOptions("on", "PKI", True)), ""),
     ],
 )
 def test_open_door_is_warned_of_once(
@@ -112,10 +115,58 @@ def test_open_door_is_warned_of_once(
     tls = options.tls
     if tls.certificates is not None:
         tls = TlsOptions(tls.mode, pki(), tls.verify_peer)
-    Security(options._replace(tls=tls)).warn_of_openness(PUBLIC)
+    security = Security(options._replace(tls=tls))
+    of_all = {PUBLIC: security.of(PUBLIC), "tcp:[::]:1": security.of("tcp:[::]:1")}
+    security.warn_of_openness(of_all)
     said = [each.getMessage() for each in caplog.records]
     assert len(said) == bool(words)
     assert words in "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("access", "words"),
+    [(None, "each virtual machine of this host"), (("ro any",), "")],
+)
+def test_vsock_that_is_open_to_all_machines_is_warned_of(
+    caplog: pytest.LogCaptureFixture, access: tuple[str, ...] | None, words: str
+) -> None:
+    security = Security(SecurityOptions(access=access))
+    security.warn_of_openness({"vsock:any:1": security.tls})
+    assert len(caplog.records) == bool(words)
+    assert words in caplog.text
+
+
+@needs_openssl
+@pytest.mark.parametrize("mode", [None, "off"])
+def test_verification_without_tls_is_refused(mode: str | None) -> None:
+    """Otherwise its clients would be served in the clear, and not asked for a certificate."""
+    pki_of = None if mode is None else pki()
+    in_vain = TlsOptions(mode, pki_of, True)
+    with pytest.raises(NbdTargetError, match="without TLS they show none"):
+        Security(SecurityOptions(in_vain))
+    with pytest.raises(NbdTargetError, match="without TLS they show none"):
+        Security(SecurityOptions(), {PUBLIC: in_vain})
+    with pytest.raises(NbdTargetError, match="without TLS they show none"):
+        parse(
+            f'listen = [{{address = "{PUBLIC}", tls_verify_peer = true}}]',
+            "/x.toml",
+            {},
+        )
+
+
+@needs_openssl
+def test_verification_for_the_listeners_with_tls_is_no_mistake() -> None:
+    text = (
+        f'listen = ["unix:/s", {{address = "{PUBLIC}", tls = "require"}}]\n'
+        f'tls = "off"\ntls_certificates = "{pki()}"\ntls_verify_peer = true\n'
+    )
+    security = security_of(SecurityOptions(), parse(text, "/x.toml", {}))
+    assert security.of(PUBLIC).verifies_peer
+    assert security.of("unix:/s").mode is TlsMode.OFF
+    # The command line may have what the file lacks.
+    options = SecurityOptions(TlsOptions(None, pki()))
+    half = parse("tls_verify_peer = true", "/x.toml", {})
+    assert security_of(options, half).tls.verifies_peer
 
 
 def test_rule_that_can_hold_for_nobody_is_warned_of(
@@ -154,10 +205,71 @@ def test_one_broken_certificate_leaves_the_others_to_be_renewed(
     security = Security(listeners=listeners)
     old = [security.of(name).context for name in names]
     (tmp_path / "broken/server-cert.pem").write_text("")
-    security.reload()
+    assert not security.reload()
     new = [security.of(name).context for name in names]
     is_kept = [now is before for now, before in zip(new, old, strict=True)]
     assert is_kept == [False, True, False]
+
+
+@needs_openssl
+def test_files_that_listeners_share_are_complained_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority()[0].issue(tmp_path, "server", "x", days=3)
+    options = TlsOptions("require", str(tmp_path))
+    listeners = {"a": TlsOptions("on"), "b": TlsOptions("on"), "c": TlsOptions()}
+    security = Security(SecurityOptions(options), listeners)
+    assert caplog.text.count("expires in") == 1
+    assert (
+        "server-cert.pem: expires in 2 days (x); then clients refuse it" in caplog.text
+    )
+    assert security.of("a") is security.of("b")
+    caplog.clear()
+    assert security.reload()
+    assert len(caplog.records) == 1
+    (tmp_path / "server-cert.pem").write_text("")
+    caplog.clear()
+    assert not security.reload()
+    assert caplog.text.count("certificates not reloaded") == 1
+
+
+@needs_openssl
+def test_certificates_of_disks_are_watched_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, pki_of_all = authority()
+    own.issue(tmp_path, "client", "bob", days=3)
+    own.withdraw(pki_of_all / "client-cert.pem", tmp_path / "ca-crl.pem", days=-1)
+    security = Security()
+    assert security.certificates() == {}
+    uri = f"nbds://host/d?tls-certificates={tmp_path}"
+    security.disks = lambda: [
+        "/srv/a.img",
+        "nbds-of-old.img",
+        uri,
+        f"{uri}&connections=1",
+    ]
+    assert set(security.certificates()) == {
+        f"{tmp_path}/{name}.pem" for name in ("ca-cert", "ca-crl", "client-cert")
+    }
+    assert not security.has_certificates
+    security.warn_of_expiry()
+    assert (
+        "client-cert.pem: expires in 2 days (bob); then servers refuse it"
+        in caplog.text
+    )
+    assert "ca-crl.pem: has expired (test-authority): all certificates" in caplog.text
+    # A file is read again when it has changed.
+    old_end_s = security.certificates()[f"{tmp_path}/client-cert.pem"]
+    own.issue(tmp_path, "client", "bob", days=9)
+    assert security.certificates()[f"{tmp_path}/client-cert.pem"] > old_end_s
+    (tmp_path / "ca-crl.pem").write_text("garbage")
+    caplog.clear()
+    for _ in range(3):
+        assert f"{tmp_path}/ca-crl.pem" not in security.certificates()
+    assert caplog.text.count("it is not known until when this is valid") == 1
+    security.disks = lambda: [f"{uri}&tls-verify-peer=false"]
+    assert set(security.certificates()) == {f"{tmp_path}/client-cert.pem"}
 
 
 @needs_openssl
@@ -185,12 +297,10 @@ async def test_expiry_is_looked_at_again_and_again(
     security = Security(SecurityOptions(TlsOptions("on", str(tmp_path))))
     caplog.clear()
     task = security.start_watching()
-    assert task is not None
     for _ in range(6):
         await asyncio.sleep(0)
     task.cancel()
     assert "expires in" in caplog.text
-    assert Security().start_watching() is None
 
 
 async def test_daemon_follows_the_rules_of_its_file(
@@ -216,9 +326,8 @@ async def test_look_at_the_expiry_that_fails_is_logged_and_tried_again(
     monkeypatch.setattr(module, "sleep", next_turn)
     options = SecurityOptions(TlsOptions("on", str(authority()[1])))
     security = Security(options)
-    monkeypatch.setattr(security.tls, "warn_of_expiry", fail)
+    monkeypatch.setattr(security, "warn_of_expiry", fail)
     task = security.start_watching()
-    assert task is not None
     for _ in range(6):
         await asyncio.sleep(0)
     task.cancel()

@@ -2,6 +2,7 @@
 """SIGHUP without a configuration file: certificates are read again, unless it says that the terminal is closed."""
 
 import asyncio
+import logging
 import os
 import pty
 import shutil
@@ -65,6 +66,29 @@ async def test_sighup_has_certificates_read_again_unless_the_terminal_is_closed(
         await hang_up(server)
         assert server.stop.is_set() == stops
         assert (server.security.tls.context is old) == stops
+    finally:
+        server.release_signals()
+        await server.close()
+
+
+@needs_openssl
+async def test_sighup_says_that_certificates_were_read_only_if_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    directory = Path(shutil.copytree(authority()[1], tmp_path / "pki"))
+    options = SecurityOptions(TlsOptions("on", str(directory)))
+    server = Daemon(security=Security(options))
+    server.catch_signals()
+    try:
+        await hang_up(server)
+        assert "the certificates were read again" in caplog.text
+        caplog.clear()
+        (directory / "server-cert.pem").write_text("")
+        await hang_up(server)
+        assert "certificates not reloaded" in caplog.text
+        assert "were read again" not in caplog.text
+        assert not server.stop.is_set()
     finally:
         server.release_signals()
         await server.close()

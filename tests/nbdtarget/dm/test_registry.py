@@ -295,19 +295,21 @@ async def test_remove_refuses_a_device_that_is_open() -> None:
     await registry.remove("x")
 
 
-async def test_empty_export_name_is_the_only_one() -> None:
+async def test_exports_are_devices_with_a_table_or_with_one_that_could_not_be_opened() -> (
+    None
+):
     registry, _ = make_registry()
-    assert registry.maybe_get("") is None
     with pytest.raises(KeyError):
-        registry.acquire("")
+        registry.acquire("x")
     device = await registry.create("x", "0 8 zero")
-    await registry.create("bare", None)
-    assert registry.maybe_get("") is device
+    bare = await registry.create("bare", None)
+    assert registry.maybe_get("x") is device
     assert registry.maybe_get("bare") is None
     assert list(registry.names()) == [("x", "")]
-    await registry.create("y", "0 8 error")
-    assert registry.maybe_get("") is None
-    assert registry.maybe_get("x") is device
+    assert list(registry.claimed_names()) == ["x"]
+    bare.failure = "its file is gone"
+    assert list(registry.names()) == [("x", "")]
+    assert set(registry.claimed_names()) == {"x", "bare"}
 
 
 async def test_rename() -> None:

@@ -11,6 +11,7 @@ from nbdtarget.server.address import (
     UnixAddress,
     VsockAddress,
     parse_address,
+    public_address,
 )
 
 
@@ -47,3 +48,37 @@ def test_address(text: str, expected: object) -> None:
 def test_vsock_that_is_none(text: str) -> None:
     with pytest.raises(ListenError, match="is not a vsock address: write vsock:CID:"):
         parse_address(text)
+
+
+class Bound(socket.socket):
+    """A socket that says where it is bound."""
+
+    def __init__(self, family: int, name: object) -> None:
+        self._said_family, self._name = family, name
+
+    @property
+    def family(self) -> int:  # type: ignore[override]
+        return self._said_family
+
+    def getsockname(self) -> object:
+        return self._name
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        (socket.AF_INET, ("127.0.0.2", 1), ""),
+        (socket.AF_INET, ("0.0.0.0", 1), "tcp:0.0.0.0:1"),
+        (socket.AF_INET6, ("::1", 1, 0, 0), ""),
+        (socket.AF_INET6, ("::ffff:127.0.0.1", 1, 0, 0), ""),
+        (socket.AF_INET6, ("fe80::1%lo", 1, 0, 1), "tcp:[fe80::1%lo]:1"),
+        (socket.AF_UNIX, "/run/a.sock", ""),
+        (socket.AF_VSOCK, (0xFFFFFFFF, 100_000), "vsock:any:100000"),
+        (socket.AF_VSOCK, (3, 4294967294), "vsock:3:4294967294"),
+        (socket.AF_VSOCK, (1, 1), ""),
+    ],
+)
+def test_address_that_other_machines_can_reach(
+    family: int, name: object, expected: str
+) -> None:
+    assert public_address(Bound(family, name)) == expected

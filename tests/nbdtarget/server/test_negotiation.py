@@ -13,6 +13,7 @@ from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.tls import ListenerTls, TlsOptions
 from nbdtarget_protocol import consts as c
+from nbdtarget_protocol.errors import OptionError
 from nbdtarget_protocol.options import encode_info_request
 from tests.support.certificates import authority, needs_openssl
 from tests.support.peer import Directory, Disk, Peer, Served
@@ -117,6 +118,35 @@ def test_default_export_that_may_not_be_attached_does_not_exist() -> None:
     assert DirectoryExports(directory).lookup("") is not None
 
 
+def test_default_export_is_the_only_one_that_this_client_may_attach(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What else there is does not show in the answer."""
+    rules = AccessRules(None, {"hidden": (), "gone": ()})
+    alone = DirectoryExports(Directory({"disk": Disk()}), rules=rules)
+    directory = Directory({"disk": Disk(), "hidden": Disk()})
+    directory.missing["gone"] = "its file is gone"
+    beside = DirectoryExports(directory, rules=rules)
+    for each in (alone, beside):
+        found = each.lookup("")
+        assert found is not None
+        assert found.name == "disk"
+    without_any = DirectoryExports(Directory({}), rules=rules)
+    hidden_only = DirectoryExports(Directory({"hidden": Disk()}), rules=rules)
+    assert without_any.lookup("") is hidden_only.lookup("") is None
+    assert "may not attach the default export: no rule allows it" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_default_export_is_no_other_disk_while_one_is_missing() -> None:
+    directory = Directory({"disk": Disk()})
+    directory.missing["gone"] = "its file is gone"
+    assert DirectoryExports(directory).lookup("") is None
+    del directory.devices["disk"]
+    with pytest.raises(OptionError, match="its file is gone"):
+        DirectoryExports(directory).lookup("")
+
+
 def test_why_an_export_is_missing_is_not_told_to_everybody() -> None:
     directory = Directory({})
     directory.missing["disk"] = "its file is gone"
@@ -141,8 +171,37 @@ async def test_names_of_the_certificate_count_after_tls(
     assert (await refusal(peer, "other"))[0] == c.REP_ERR_UNKNOWN
     assert "cert:alice " in caplog.text
     assert "may not attach other" in caplog.text
+    assert served.listener is not None
+    assert served.listener.refusals.counts["rules"] == 1
     peer.option(c.OPT_GO, encode_info_request("disk", []))
     assert (await peer.option_reply())[0] == c.REP_INFO
+
+
+@needs_openssl
+async def test_client_without_tls_shows_no_certificate(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TLS is offered, and certificates are verified: without one only rules let a client in."""
+    pki = str(authority()[1])
+    rules = {"other": parse_rules(["ro any"]), "hidden": parse_rules(["none any"])}
+    await started(served, AccessRules(None, rules), TlsOptions("on", pki, True))
+    peer = await served.connect()
+    await peer.greet()
+    assert await listed(peer) == [b"other"]
+    for name in ("disk", "hidden", "no such name"):
+        code, said = await refusal(peer, name)
+        assert (code, said) == (
+            c.REP_ERR_TLS_REQD,
+            b"a certificate is asked for: use TLS",
+        )
+    assert "may not attach disk: it has shown no certificate" in caplog.text
+    peer.option(c.OPT_GO, encode_info_request("other", []))
+    assert (await peer.option_reply())[0] == c.REP_INFO
+    encrypted = await served.connect()
+    await encrypted.greet()
+    await _encrypt(encrypted, client_context(pki))
+    assert await listed(encrypted) == [b"disk", b"other"]
+    assert (await refusal(encrypted, "no such name"))[0] == c.REP_ERR_UNKNOWN
 
 
 async def _encrypt(peer: Peer, context: ssl.SSLContext) -> None:

@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import ssl
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from nbdtarget.server.listener import Listener
 from nbdtarget.server.tls import ListenerTls, TlsOptions
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.handshake import TlsMode
-from tests.support.certificates import authority, needs_openssl
+from tests.support.certificates import Authority, authority, needs_openssl
 from tests.support.clock import SimClock
 from tests.support.patience import until
 from tests.support.peer import MIB, Peer, Served
@@ -267,6 +268,53 @@ async def test_refused_client_learns_why_though_it_sends_its_option_late(
     await served.until_connections(0)
 
 
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize(
+    ("whose", "reason"),
+    [
+        ("mallory", "unable to get local issuer certificate"),
+        ("late", "certificate has expired"),
+        ("withdrawn", "certificate revoked"),
+    ],
+)
+async def test_certificate_that_is_refused_is_logged_with_its_name(
+    served: Served,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    whose: str,
+    reason: str,
+    version: str,
+) -> None:
+    own, pki = authority()
+    trusted = Path(shutil.copytree(pki, tmp_path / "pki"))
+    issuer = Authority(tmp_path, "another") if whose == "mallory" else own
+    issuer.issue(tmp_path / "c", "client", whose, days=-1 if whose == "late" else 9)
+    shutil.copy(pki / "ca-cert.pem", tmp_path / "c/ca-cert.pem")
+    if whose == "withdrawn":
+        own.withdraw(tmp_path / "c/client-cert.pem", trusted / "ca-crl.pem")
+    listener = await started(served, TlsOptions("require", str(trusted), True))
+    context = client_context(str(tmp_path / "c"))
+    context.maximum_version = ssl.TLSVersion[version]
+    peer = await acknowledged(served)
+    with contextlib.suppress(OSError):
+        await encrypt(peer, context)
+    await until(lambda: listener.refusals.counts["certificate"] == 1)
+    (said,) = [each for each in caplog.records if "TLS" in each.getMessage()]
+    assert said.levelno == logging.WARNING
+    assert f"(uid:{os.getuid()})" in said.getMessage()
+    assert f"is not accepted: {reason} (the name in it: {whose})" in said.getMessage()
+
+
+async def test_client_without_a_certificate_is_logged_and_counted(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(await refused_in_tls(served, caplog)):
+        listener = await served.start()
+        assert listener.refusals.counts["no_certificate"] == 1
+        (said,) = [each for each in caplog.records if "showed no" in each.getMessage()]
+        assert said.levelno == logging.WARNING
+
+
 async def test_refused_client_that_stays_is_closed(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -402,29 +450,34 @@ def test_reload_takes_new_files_and_keeps_the_old_ones_if_they_are_wrong(
     pki = tmp_path / "pki"
     shutil.copytree(authority()[1], pki)
     tls = ListenerTls(TlsOptions("on", str(pki)))
-    old, old_end_s = tls.context, tls.expires_s
+    path = str(pki / "server-cert.pem")
+    old, old_end_s = tls.context, tls.ends[path].expires_s
     authority()[0].issue(pki, "server", "server.example", "DNS:localhost", days=25)
     tls.reload()
     new = tls.context
     assert new is not old
-    assert tls.expires_s > old_end_s + 4 * 86_400
+    new_end = tls.ends[path]
+    assert new_end.expires_s > old_end_s + 4 * 86_400
     (pki / "server-key.pem").write_bytes((pki / "client-key.pem").read_bytes())
     with pytest.raises(NbdTargetError, match="is not the key of"):
         tls.reload()
     assert tls.context is new
+    assert tls.ends[path] is new_end
 
 
-@pytest.mark.parametrize(
-    ("days", "words"), [(20, ""), (3, "expires in "), (-1, "has expired")]
-)
-def test_certificate_that_ends_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: int, words: str
-) -> None:
-    authority()[0].issue(tmp_path, "server", "x", days=days)
-    tls = ListenerTls(TlsOptions("on", str(tmp_path)))
-    assert (words in caplog.text) if words else not caplog.text
-    assert tls.certificate_path == str(tmp_path / "server-cert.pem")
-    assert ListenerTls(TlsOptions()).certificate_path is None
+def test_files_whose_end_counts_are_those_that_are_used(tmp_path: Path) -> None:
+    own, pki = authority()
+    directory = Path(shutil.copytree(pki, tmp_path / "pki"))
+    assert ListenerTls(TlsOptions()).ends == {}
+
+    def names(*, verify_peer: bool) -> list[str]:
+        tls = ListenerTls(TlsOptions("on", str(directory), verify_peer))
+        return [Path(path).name for path in tls.ends]
+
+    assert names(verify_peer=False) == ["server-cert.pem"]
+    assert names(verify_peer=True) == ["server-cert.pem", "ca-cert.pem"]
+    own.withdraw(pki / "client-cert.pem", directory / "ca-crl.pem")
+    assert names(verify_peer=True) == ["server-cert.pem", "ca-cert.pem", "ca-crl.pem"]
 
 
 # ---- to another process ----

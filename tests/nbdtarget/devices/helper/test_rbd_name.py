@@ -31,6 +31,8 @@ def test_name_of_qemu_with_colons_in_it() -> None:
     assert found == RbdImage("p", "", "a:b", "s", "/e:f", "me")
     with pytest.raises(ResolveError, match="write rbd:POOL/IMAGE"):
         parse_rbd_of_qemu("x", "rbd:p/a:mon_host=h")
+    with pytest.raises(ResolveError, match="an option stands twice"):
+        parse_rbd_of_qemu("x", "rbd:p/a:id=me:id=you")
 
 
 def test_words_for_qemu_and_for_rbd() -> None:

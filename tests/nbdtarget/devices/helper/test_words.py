@@ -146,6 +146,10 @@ def test_secret_is_read_from_a_file() -> None:
         ("nbdkit:file?/x", "is not KEY=VALUE"),
         ("nbdkit:file?--run=x", "is not KEY=VALUE"),
         ("nbdkit:file?file=/x#allow=references", "unknown option"),
+        (
+            "nbdkit:file?file=/x#connections=1&connections=2",
+            "option `connections' stands twice",
+        ),
     ],
 )
 def test_refused_names_of_nbdkit(name: str, reason: str) -> None:

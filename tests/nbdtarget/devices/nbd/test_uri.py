@@ -73,6 +73,11 @@ def test_user_without_a_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nbd+unix:///?socket=/a%00b", "no NUL"),
         ("nbd://host/?sockte=/s", r"unknown key `sockte' .*did you mean `socket'"),
         ("nbds://host/?x=1", "unknown key `x' in the URI"),
+        (
+            "nbds://h/?tls-verify-peer=true&tls-verify-peer=false",
+            "`tls-verify-peer' stands twice in the URI",
+        ),
+        ("nbd+unix:///?socket=/a&socket=/a", "`socket' stands twice in the URI"),
         ("nbd://host/?tls-hostname=a", "`tls-hostname' needs TLS: write nbds:"),
         (
             "nbd+unix:///?socket=/s&tls-verify-peer=0",

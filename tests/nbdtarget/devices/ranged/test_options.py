@@ -35,6 +35,7 @@ def test_defaults_and_every_key() -> None:
         ("connections=0", "connections is a number from 1 to 64, not 0"),
         ("source-timeout=1m", "source-timeout is a number from 0 to 31536000, not 1m"),
         ("pin=none", "pin is etag or size, not none"),
+        ("pin=etag&pin=size", "option `pin' stands twice behind the #"),
     ],
 )
 def test_mistakes_are_named(text: str, says: str) -> None:
