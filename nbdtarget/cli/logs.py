@@ -22,6 +22,7 @@ from nbdtarget.cli.common import Verbose
 from nbdtarget.cli.option_group import takes_group
 from nbdtarget.cli.outlet import Outlet, process_stderr
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.passed_stderr import stderr_to_be
 from nbdtarget.common.redaction import redacted
 from nbdtarget.common.words import printable
 
@@ -163,8 +164,9 @@ def is_journal(stream: TextIO | None, environment: Mapping[str, str]) -> bool:
     said = environment.get("JOURNAL_STREAM", "")
     if stream is None or not said:
         return False
+    fd = stderr_to_be(environment)
     try:
-        there = os.fstat(stream.fileno())
+        there = os.fstat(stream.fileno() if fd is None else fd)
     except (OSError, ValueError):
         return False  # closed, or no file at all
     return said == f"{there.st_dev}:{there.st_ino}"

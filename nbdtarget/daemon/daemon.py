@@ -310,7 +310,7 @@ class Daemon:
             heir = await hand_over(self, [sys.executable, *sys.orig_argv[1:]])
         except BaseException as error:
             # Also when a signal to stop has cancelled it: what was paused goes on until the stop.
-            log.error("not handed over: %s", error or type(error).__name__)
+            log.error("not handed over: %s", str(error) or _why(error))
             for _, resume in self._followed:
                 await resume()
             self.tell_ready()
@@ -656,6 +656,13 @@ class Daemon:
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
             await wait_within([closing], CONTROL_S_MAX)
+
+
+def _why(error: BaseException) -> str:
+    """Return why a hand-over has ended with an exception that has no words."""
+    if isinstance(error, asyncio.CancelledError):
+        return "the server stops"
+    return type(error).__name__
 
 
 def _do_nothing() -> None:

@@ -177,7 +177,7 @@ class _Open:
             log.warning(
                 "%s: its size cannot be read and is taken to be the same as before: %s",
                 device.name,
-                error or "no answer",
+                str(error) or "no answer",
             )
             return device.size
 

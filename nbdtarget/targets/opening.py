@@ -143,7 +143,7 @@ class Opening:
                 "%s: %s: its format cannot be looked at: %s",
                 self._ctx.name,
                 device.name,
-                error or "no answer",
+                str(error) or "no answer",
             )
             return None
 

@@ -16,6 +16,7 @@ import msgspec
 
 from nbdtarget.cli.outlet import Outlet, process_stderr, process_stdout
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.passed_stderr import stderr_to_be
 
 __all__ = [
     "Display",
@@ -99,7 +100,9 @@ class Lines:
 
 def is_terminal() -> bool:
     """Whether stderr is a terminal that can draw over what it has drawn."""
-    return sys.stderr.isatty() and os.environ.get("TERM") not in _DUMB_TERMINALS
+    fd = stderr_to_be()
+    is_one = sys.stderr.isatty() if fd is None else os.isatty(fd)
+    return is_one and os.environ.get("TERM") not in _DUMB_TERMINALS
 
 
 @contextmanager

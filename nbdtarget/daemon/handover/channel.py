@@ -57,14 +57,14 @@ class Channel:
         try:
             await asyncio.to_thread(self._send, _encode(message), fds)
         except OSError as error:
-            raise EndedError(f"the other process: {error.strerror}") from None
+            raise EndedError(f"the other process: {error.strerror or error}") from None
 
     def send_now(self, message: Message) -> None:
         """As `send`, for a short message, and without a wait in which the caller could be cancelled. Raises: ChannelError."""
         try:
             self._send(_encode(message), ())
         except OSError as error:
-            raise EndedError(f"the other process: {error.strerror}") from None
+            raise EndedError(f"the other process: {error.strerror or error}") from None
 
     async def receive(self, within_s: float | None) -> tuple[Message, list[int]]:
         """Return a message and its descriptors, which are the caller's.
@@ -81,7 +81,7 @@ class Channel:
         except EOFError:
             raise EndedError("the other process has ended") from None
         except OSError as error:
-            raise EndedError(f"the other process: {error.strerror}") from None
+            raise EndedError(f"the other process: {error.strerror or error}") from None
         except msgspec.MsgspecError as error:
             raise ChannelError(
                 f"the other process says what this version does not understand: {error}"

@@ -15,7 +15,6 @@ tried again and again (`nbdtarget.dm.reopenings`). No client is disconnected bef
 Durable: after 3, everything that has ended. At no time do two processes have the same disk open for writing.
 """
 
-import asyncio
 import errno as errnos
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import Final, Protocol, TypeVar
 from nbdtarget import __version__
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.words import printable
 from nbdtarget.daemon.handover.channel import Channel, ChannelError
 from nbdtarget.daemon.handover.messages import (
     FORMAT,
@@ -36,17 +36,17 @@ from nbdtarget.daemon.handover.messages import (
     Moved,
     Prepared,
 )
-from nbdtarget.daemon.notify import WATCHDOG_PID
+from nbdtarget.daemon.handover.program import VARIABLE, Program
 from nbdtarget.dm.handover import Parking
 
 __all__ = ["VARIABLE", "Giving", "hand_over"]
 
 log = logging.getLogger(__name__)
 
-VARIABLE: Final = "NBDTARGET_HANDOVER"  # the new process's end of the channel
 START_S_MAX: Final = 60.0
 REST_S_MAX: Final = 10.0
 PREPARE_S_MAX: Final = 30.0
+VERSION_SHOWN_MAX: Final = 100
 
 M = TypeVar("M", bound=Message)
 
@@ -82,30 +82,29 @@ async def hand_over(giving: Giving, argv: Sequence[str]) -> subprocess.Popen[byt
     ours, theirs = socket.socketpair()
     channel = Channel(ours)
     try:
-        process = await _start(argv, theirs)
+        program = await Program.start(argv, theirs)
         theirs.close()
         try:
             await channel.send(Hello(FORMAT, __version__))
             hello = await _expect(channel, Hello, START_S_MAX)
             if hello.format != FORMAT:
                 raise ChannelError(
-                    f"{argv[0]} is version {hello.version}, which hands over in format"
-                    f" {hello.format}, and this is format {FORMAT}: restart instead"
+                    f"nbdtarget {printable(hello.version, VERSION_SHOWN_MAX)} hands over in format"
+                    f" {hello.format}, and nbdtarget {__version__}, which serves now, in format {FORMAT}:"
+                    " restart instead"
                 )
-            await _give(giving, channel, process)
-        except BaseException:
+            await _give(giving, channel, program)
+        except BaseException as error:
             # Also when this task is cancelled: the new process must never outlive a hand-over that has failed.
-            await _kill(process)
-            raise
+            raise await program.end(error) from None
+        program.let_go()
     finally:
         theirs.close()
         channel.close()
-    return process
+    return program.process
 
 
-async def _give(
-    giving: Giving, channel: Channel, process: subprocess.Popen[bytes]
-) -> None:
+async def _give(giving: Giving, channel: Channel, program: Program) -> None:
     """Do the hand-over from the moment when clients are held back. Raises: NbdTargetError: it has been undone."""
     parking = giving.parking()
     await parking.flush_ahead()
@@ -125,29 +124,16 @@ async def _give(
         channel.send_now(Go((monotonic_ns() - begun_ns) / 1e9))
     except BaseException as error:
         # It may have disks open, which are to be opened here again.
-        await _kill(process)
+        error = await program.end(error)
         failures = await parking.undo()
         await giving.thaw()
         for failure in failures:
             log.error("not handed over, and not as before: %s", failure)
         if not failures or not isinstance(error, NbdTargetError):
-            raise
+            raise error from None
         what = f"not everything goes on as before: {'; '.join(failures)}"
         raise TableError(f"{error}; {what}", errnos.EIO) from error
     log.info("handed over after %.3f s", (monotonic_ns() - begun_ns) / 1e9)
-
-
-async def _start(argv: Sequence[str], theirs: socket.socket) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, VARIABLE: str(theirs.fileno())}
-    # It names this process. Without it the new process is meant.
-    environment.pop(WATCHDOG_PID, None)
-    try:
-        # Not asyncio's: that kills the process when it is forgotten.
-        return await asyncio.to_thread(
-            subprocess.Popen, argv, env=environment, pass_fds=(theirs.fileno(),)
-        )
-    except OSError as error:
-        raise NbdTargetError(f"{argv[0]}: {error.strerror or error}") from None
 
 
 async def _expect(channel: Channel, kind: type[M], within_s: float) -> M:
@@ -159,8 +145,3 @@ async def _expect(channel: Channel, kind: type[M], within_s: float) -> M:
             f"the other process says {type(message).__name__} out of turn"
         )
     return message
-
-
-async def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    await asyncio.to_thread(process.wait)

@@ -7,6 +7,7 @@ from typing import Final
 
 from nbdtarget import __version__
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.passed_stderr import keep_from_children, restore_stderr
 from nbdtarget.daemon.handover.channel import Channel, ChannelError
 from nbdtarget.daemon.handover.giver import VARIABLE
 from nbdtarget.daemon.handover.messages import (
@@ -42,8 +43,8 @@ class Offer:
         await self._channel.send(Hello(FORMAT, __version__))
         if hello.format != FORMAT:
             raise ChannelError(
-                f"version {hello.version} hands over in format {hello.format}, and this is"
-                f" format {FORMAT}"
+                f"nbdtarget {hello.version} hands over in format {hello.format}, and nbdtarget {__version__}"
+                f" in format {FORMAT}"
             )
         moved, fds = await self._channel.receive(_FOR_EVER)
         if not isinstance(moved, Moved):
@@ -64,6 +65,7 @@ class Offer:
         else:
             if not isinstance(answer, Go):
                 raise ChannelError("the other process does not say Go")
+        restore_stderr()
         self._channel.close()
 
     def close(self) -> None:
@@ -82,4 +84,5 @@ def maybe_offer() -> Offer | None:
     if not (number.isascii() and number.isdecimal()):
         return None
     os.set_inheritable(int(number), False)
+    keep_from_children()
     return Offer(Channel(socket.socket(fileno=int(number))))

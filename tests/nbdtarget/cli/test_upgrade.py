@@ -193,4 +193,6 @@ def test_sockets_are_as_protected_as_before_whatever_the_file_says_now(
         said = get(metrics, "/metrics")
         assert b'device="' not in said
         assert b'{bound="connections_max"} 3\n' in said
+        # Its stderr is that of the first process again.
+        assert os.readlink(f"/proc/{pid}/fd/2") == str(tmp_path / "log")
     stop_stranger(pid)

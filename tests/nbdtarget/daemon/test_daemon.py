@@ -14,6 +14,7 @@ import pytest
 from nbdtarget.common.access import Access, Identity, parse_rules
 from nbdtarget.config.file import parse
 from nbdtarget.control.tokens import ControlTokens
+from nbdtarget.daemon import daemon as daemon_module
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.messages import Moved
 from nbdtarget.daemon.handover.taker import Offer
@@ -176,3 +177,23 @@ async def test_passed_socket_that_other_machines_can_reach_is_warned_of(
     ]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"tcp:0.0.0.0:{port}: NBD without TLS")
+
+
+async def test_log_says_why_a_hand_over_was_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if the exception has no words: the signal to stop has cancelled it."""
+    begun = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(daemon_module, "hand_over", hang)
+    server = Daemon()
+    upgrading = asyncio.create_task(server.upgrade())
+    await begun.wait()
+    await server.close()
+    await asyncio.wait([upgrading])
+    assert upgrading.cancelled()
+    assert "not handed over: the server stops" in caplog.messages

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget import __version__
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.daemon.handover import giver
+from nbdtarget.daemon.handover import giver, program
 from nbdtarget.daemon.handover.channel import Channel
-from nbdtarget.daemon.handover.giver import VARIABLE, hand_over
+from nbdtarget.daemon.handover.giver import hand_over
 from nbdtarget.daemon.handover.messages import FORMAT, Moved
+from nbdtarget.daemon.handover.program import VARIABLE
 from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking
 from nbdtarget.dm.mapped_device import State
@@ -23,7 +25,7 @@ from tests.support.patience import PATIENCE_S
 
 # The new process: what it says, one after the other. "?" waits for a message; "." ends.
 NEW = """
-import os, socket, struct, sys
+import os, signal, socket, struct, sys
 import msgspec
 sock = socket.socket(fileno=int(os.environ[sys.argv[1]]))
 def say(**fields):
@@ -123,15 +125,34 @@ async def test_who_is_cancelled_after_go_does_not_go_on_beside_the_new_process(
 @pytest.mark.parametrize(
     ("script", "reason", "log"),
     [
-        ("", "the other process has ended", []),
+        ("", "the new program ended with status 0 before it was ready; it said n", []),
+        (
+            'raise RuntimeError("broken update")',
+            r"ended with status 1 before it was ready; its last lines: Traceback .* /"
+            r" RuntimeError: broken update$",
+            [],
+        ),
+        ("os.kill(os.getpid(), 9)", "ended by SIGKILL before it was ready", []),
+        (
+            r'sys.stderr.write("x" * 99999 + "\x1b[31m red\n" * 3); sys.exit(3)',
+            r"ended with status 3 before it was ready; its last lines: x{1,2000}"
+            r"\\x1b\[31m red / \\x1b\[31m red / \\x1b\[31m red$",
+            [],
+        ),
         (
             f'say(type="Hello", format={FORMAT + 1}, version="9"); hear()',
-            "is version 9, which hands over in format 3, and this is format 2: restart",
+            rf"^nbdtarget 9 hands over in format 3, and nbdtarget {__version__}, which",
             [],
         ),
         ('say(type="Failed", reason="no config")', "^no config$", []),
         ('say(type="Prepared"); hear()', "says Prepared out of turn", []),
-        (HELLO, "the other process has ended", ["freeze", "moved", "thaw"]),
+        (HELLO, "ended with status 0 before it was", ["freeze", "moved", "thaw"]),
+        (
+            HELLO + 'os.close(sock.detach()); sys.stderr.write("I go on");'
+            " sys.stderr.flush(); signal.pause()",
+            "^the new program closed its end before it was ready; its last lines: I go",
+            ["freeze", "moved", "thaw"],
+        ),
         (
             HELLO + 'say(type="Failed", reason="no disk")',
             "^no disk$",
@@ -147,6 +168,8 @@ async def test_a_new_process_that_fails_leaves_everything_as_it_was(
     reason: str,
     log: list[str],
 ) -> None:
+    if "closed its end" in reason:
+        monkeypatch.setattr(program, "ENDED_S_MAX", 0.2)
     if "does not answer" in reason:
         monkeypatch.setattr(giver, "PREPARE_S_MAX", 0.3)
     with pytest.raises(NbdTargetError, match=reason):
@@ -195,3 +218,11 @@ async def test_a_program_that_is_not_there_is_named(server: Server) -> None:
     with pytest.raises(NbdTargetError, match="/nonexistent/nbdtarget: No such file"):
         await hand_over(server, ["/nonexistent/nbdtarget"])
     server.check_goes_on([])
+
+
+async def test_words_of_the_new_program_are_passed_on(
+    server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = f"{HELLO}os.write(2, b'hello\\n'); say(type='Prepared'); hear()"
+    await server.hand_over(script)
+    assert capfd.readouterr().err == "hello\n"

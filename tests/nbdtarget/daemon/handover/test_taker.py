@@ -10,7 +10,6 @@ import pytest
 
 from nbdtarget.common.errors import TableError
 from nbdtarget.daemon.handover.channel import Channel, ChannelError
-from nbdtarget.daemon.handover.giver import VARIABLE
 from nbdtarget.daemon.handover.messages import (
     FORMAT,
     Go,
@@ -18,6 +17,7 @@ from nbdtarget.daemon.handover.messages import (
     Moved,
     Prepared,
 )
+from nbdtarget.daemon.handover.program import VARIABLE
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
 from tests.support.handover import moved
 
@@ -71,7 +71,7 @@ async def test_another_format_is_refused_on_both_sides(
 ) -> None:
     offer, old = ends
     await old.send(Hello(FORMAT + 1, "9.9"))
-    with pytest.raises(ChannelError, match=r"version 9\.9 hands over in format 3"):
+    with pytest.raises(ChannelError, match=r"^nbdtarget 9\.9 hands over in format 3"):
         await offer.receive()
     answer, _ = await old.receive(1)
     assert isinstance(answer, Hello)
