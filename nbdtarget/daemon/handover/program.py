@@ -42,6 +42,7 @@ class Program:
         self.process = process
         self._said = said
         self._last = b""
+        self._is_cut = False
         os.set_blocking(said, False)
         asyncio.get_running_loop().add_reader(said, self._listen)
 
@@ -111,7 +112,9 @@ class Program:
             if not data:
                 self._stop_listening()
                 return
-            self._last = (self._last + data)[-LAST_BYTES_MAX:]
+            said = self._last + data
+            self._last = said[-LAST_BYTES_MAX:]
+            self._is_cut = self._is_cut or len(said) > LAST_BYTES_MAX
             _pass_on(data)
 
     def _stop_listening(self) -> None:
@@ -120,7 +123,11 @@ class Program:
         self._said = -1
 
     def _last_words(self) -> str:
-        text = redacted(self._last.decode("utf-8", "replace"))
+        text = self._last.decode("utf-8", "replace")
+        if self._is_cut:
+            # The first word may be half a URL, whose secrets would not be known.
+            text = "".join(text.split(None, 1)[1:])
+        text = redacted(text)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         last = lines[-LAST_LINES_MAX:]
         return " / ".join(printable(line, LAST_BYTES_MAX) for line in last)
