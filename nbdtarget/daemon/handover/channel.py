@@ -9,6 +9,7 @@ Waiting is done in a thread, so that the loop goes on with what is in flight.
 """
 
 import asyncio
+import errno as errnos
 import socket
 import struct
 from collections.abc import Sequence
@@ -34,10 +35,13 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 class ChannelError(NbdTargetError):
     """The other process has gone, does not answer, has refused, or says what this one does not understand.
 
-    Attributes: has_ended: it has gone.
+    Attributes:
+        has_ended: it has gone.
+        errno: what the command `upgrade` is answered with.
     """
 
     has_ended = False
+    errno = errnos.ECANCELED
 
 
 class EndedError(ChannelError):

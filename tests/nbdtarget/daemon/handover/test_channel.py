@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages and descriptors from one process to another."""
 
+import errno as errnos
 import os
 import socket
 from collections.abc import Iterator
 
 import pytest
 
+from nbdtarget.control.calls import errno_of
 from nbdtarget.daemon.handover import channel
 from nbdtarget.daemon.handover.channel import Channel, ChannelError
 from nbdtarget.daemon.handover.messages import Failed, Go, Hello, Moved, Prepared
@@ -56,6 +58,7 @@ async def test_failure_of_the_other_side_is_an_error_with_its_reason(
     with pytest.raises(ChannelError, match=r"^no such disk$") as raised:
         await one.receive(1)
     assert not raised.value.has_ended
+    assert errno_of(raised.value) == errnos.ECANCELED
 
 
 @pytest.mark.parametrize(
