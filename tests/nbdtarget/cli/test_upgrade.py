@@ -12,7 +12,7 @@ import pytest
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
-from nbdtarget.control.figures import Events, EventsAnswer
+from nbdtarget.control.figures import Events, EventsAnswer, Figures, FiguresAnswer
 from nbdtarget.porcelain.trace_file import read_trace
 from tests.support.certificates import authority, needs_openssl
 from tests.support.clients import CloneUnderTest, refused
@@ -176,6 +176,7 @@ def test_sockets_are_as_protected_as_before_whatever_the_file_says_now(
     server = ServerProcess(argv, sockets=[secure, plain, metrics], log=tmp_path / "log")
     config.write_text(f'listen = ["unix:{tmp_path}/other"]\n{begin}')
     known = ControlClient(control, "correct-horse-battery")
+    attached = PlainClient(plain, "b")
     for _ in range(2):  # the second process hands over what it was handed
         pid = known.ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
         assert server.child.wait(PATIENCE_S) == 0
@@ -193,6 +194,10 @@ def test_sockets_are_as_protected_as_before_whatever_the_file_says_now(
         said = get(metrics, "/metrics")
         assert b'device="' not in said
         assert b'{bound="connections_max"} 3\n' in said
+        assert attached.read(0, 512) == bytes(512)
+        clients = known.ask("figures", Figures(), FiguresAnswer).clients
+        assert {each.identity for each in clients} == {f"uid:{os.getuid()}"}
         # Its stderr is that of the first process again.
         assert os.readlink(f"/proc/{pid}/fd/2") == str(tmp_path / "log")
+    attached.sock.close()
     stop_stranger(pid)

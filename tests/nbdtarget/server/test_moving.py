@@ -77,6 +77,25 @@ async def test_who_a_client_is_stays_known(served: Served) -> None:
     assert after[0].identity.uid == os.getuid()
 
 
+async def test_address_of_a_client_stays_known(served: Served) -> None:
+    served.listener = old = Listener(served.directory)
+    (uri,) = await old.start("tcp:127.0.0.1:0")
+    port = int(uri.split(":")[2].partition("/")[0])
+    peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
+    served.peers.append(peer)
+    await peer.attach()
+    await old.freeze(5)
+    moved, fds = old.moved_state()
+    fds = [os.dup(fd) for fd in fds]
+    old.forget()
+    new = served.listener = Listener(served.directory)
+    new.take_over(moved, fds)
+    new.go_on()
+    (client,) = new.clients()
+    assert client.identity.address == "127.0.0.1"
+    assert (await peer.ask(c.CMD_READ, 0, 512)).error == 0
+
+
 @pytest.mark.parametrize("extended", [False, True])
 @pytest.mark.parametrize("cut", [1, 27, 28, 29, 31, 32, 33, 400])
 async def test_half_a_request_is_finished_by_the_other_half(
