@@ -32,15 +32,31 @@ def exported(image: Path, work: Path, *extra: str) -> Iterator[str]:
         assert process.terminate() == 0
 
 
+def plain(uri: str) -> str:
+    return uri.replace("nbds", "nbd").partition("&")[0]
+
+
 @needs("nbdinfo")
 def test_nbdinfo_says_tls(tmp_path: Path, source_image: Path, content: bytes) -> None:
-    with exported(source_image, tmp_path, "--tls-verify-peer", "--tls", "on") as uri:
+    with exported(source_image, tmp_path, "--tls", "on") as uri:
         info = report("nbdinfo", "--json", uri)
         assert info["TLS"] is True
         assert info["exports"][0]["export-size"] == len(content)
         # With `on' a client may do without.
-        plain = uri.replace("nbds", "nbd").partition("&")[0]
-        assert report("nbdinfo", "--json", plain)["TLS"] is False
+        assert report("nbdinfo", "--json", plain(uri))["TLS"] is False
+
+
+@needs("nbdinfo")
+def test_client_without_tls_is_told_that_a_certificate_is_asked_for(
+    tmp_path: Path, source_image: Path
+) -> None:
+    asks = ("--tls-verify-peer", "--tls", "on")
+    with exported(source_image, tmp_path, *asks) as uri:
+        assert report("nbdinfo", "--json", uri)["TLS"] is True
+        said = client("nbdinfo", plain(uri), status=1)
+        assert "TLS" in said
+    with exported(source_image, tmp_path, *asks, "--access", "ro unix") as uri:
+        assert report("nbdinfo", "--json", plain(uri))["TLS"] is False
 
 
 @needs("nbdinfo")

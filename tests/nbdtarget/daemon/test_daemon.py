@@ -160,6 +160,29 @@ async def test_address_for_metrics_beside_a_socket_that_was_passed_is_told(
     assert not address.exists()
 
 
+async def test_new_process_warns_of_what_it_takes_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own configuration file may say another address by now."""
+    old = Daemon()
+    await old.open_control(tmp_path / "control")
+    await old.listen(["tcp:0.0.0.0:0", f"unix:{tmp_path}/nbd"])
+    (said,) = caplog.messages
+    assert await old.freeze(5) == []
+    caplog.clear()
+    new = Daemon()
+    offer = cast(Offer, Given(old))
+    await new.take_over(offer)
+    await new.go_on(offer)
+    assert said in caplog.messages
+    await old.close()
+    forget_what_hangs()
+    for server in old._http_servers():  # a process would end here
+        assert server._listener is not None
+        server._listener.close()
+    await new.close()
+
+
 async def test_passed_socket_that_other_machines_can_reach_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
