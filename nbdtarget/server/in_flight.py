@@ -39,7 +39,7 @@ from nbdtarget.server.output import Output
 from nbdtarget.server.replies import Answers
 from nbdtarget.server.request import WRITING, Request
 from nbdtarget.server.shared import Host, Shared
-from nbdtarget.server.sliced_range import SlicedRange, Slicing
+from nbdtarget.server.sliced_range import SlicedRange, Slicing, first_slice
 from nbdtarget.server.sliced_read import SlicedRead
 from nbdtarget.server.traffic import Traffic, new_request
 from nbdtarget_protocol.consts import (
@@ -205,7 +205,7 @@ class InFlight:
             return
         op, bio_flags = OPS[command], bio_flags_of(command, flags)
         bio = Bio(op, offset, length, None, bio_flags, self.ended, request)
-        if length <= self._shared.limits.range_slice and not done:
+        if length <= first_slice(op, self._shared.limits) and not done:
             self.start(bio)
             return
         self._flow.begin_request(0)

@@ -12,6 +12,9 @@ its turn (`Turns`). Between two slices
     it stands still while its connection is frozen for a hand-over to another process, which goes on with the next slice;
         or it goes on here, if the hand-over fails
 
+The first slice has `Limits.range_slice` bytes, but a CACHE begins with SLICE_MIN: it reads all of its range, perhaps from a distant source, and
+a whole GiB of it would hold up what waits for a slice.
+
 How long a slice is depends on how long the one before took. While slices end quickly, each is twice as long as the one
 before, so that 16 TiB of nothing are 15 slices. Slices that take long become shorter.
 
@@ -24,13 +27,13 @@ from collections.abc import Callable
 from math import lcm
 from typing import Final, NamedTuple
 
-from nbdtarget.bio import Bio
+from nbdtarget.bio import OP_CACHE, Bio
 from nbdtarget.common.clock import Clock, perf_counter_ns
 from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Device
 from nbdtarget.server.limits import Limits
 
-__all__ = ["Pace", "SlicedRange", "Slicing"]
+__all__ = ["Pace", "SlicedRange", "Slicing", "first_slice"]
 
 SLICE_MIN: Final = 16 << 20  # bytes; a slice does not become shorter than this
 QUICK_NS: Final = (
@@ -98,6 +101,12 @@ class Slicing(NamedTuple):
     is_frozen: Callable[[], bool] = lambda: False
 
 
+def first_slice(op: int, limits: Limits) -> int:
+    """Return the length of the first slice of a range; what is not longer is no range in slices."""
+    length = limits.range_slice
+    return min(length, SLICE_MIN) if op == OP_CACHE else length
+
+
 class SlicedRange:
     """See the module head.
 
@@ -133,7 +142,7 @@ class SlicedRange:
         self._end = bio.offset + bio.length
         self._device = device
         clock, limits, self._turns, self._reason_to_stop, _ = slicing
-        self._pace = Pace(clock, limits, limits.range_slice)
+        self._pace = Pace(clock, limits, first_slice(bio.op, limits))
         self._is_submitting = False
 
     @property

@@ -93,6 +93,7 @@ SERVER: Final = (
         "nbdtarget.server.in_flight:InFlight._stand_still",
         ((" and ranges.bio not in self._gate.elders", ""),),
         ("tests/nbdtarget/server/test_sliced_range.py",),
+        hangs=True,
     ),
     Mutant(
         "ranges-ended-early-by-a-hand-over",
