@@ -16,13 +16,15 @@ from nbdtarget.config import devices, openings
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import ConfigError, read
 from nbdtarget.devices import resolve
+from nbdtarget.dm import reopenings
+from nbdtarget.dm.handover import Parking
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_protocol.errors import OptionError
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, until
 
 NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
 
@@ -119,6 +121,27 @@ async def test_a_reload_tries_at_once_what_could_not_be_opened(
     (tmp_path / "late.img").write_bytes(bytes(4096))
     assert await server.reload() == {**NOTHING, "created": ["b", "c"]}
     assert await server.reload() == NOTHING
+
+
+async def test_a_reload_tries_at_once_what_an_upgrade_has_closed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upgrade failed, and the disk could not be opened again."""
+    monkeypatch.setattr(reopenings, "RETRY_S_MIN", 1e6)
+    disk, moved = tmp_path / "disk", tmp_path / "moved"
+    disk.write_bytes(bytes(4096))
+    server.write(a=f"0 8 linear {disk} 0")
+    await server.start()
+    device = server.registry.get("a")
+    parking = Parking(server.registry)
+    await parking.park()
+    disk.rename(moved)
+    assert len(await parking.undo()) == 1
+    assert device.failure
+    moved.rename(disk)
+    assert await server.reload() == NOTHING
+    await until(lambda: device.active is not None and device.state is State.ACTIVE)
+    assert device.failure == ""
 
 
 async def test_a_reload_opens_as_the_file_says_now_and_forgets_what_is_not_in_it(
