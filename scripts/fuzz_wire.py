@@ -4,7 +4,7 @@
     make fuzz-wire [SECONDS=60] [SEED=0] [CASES=N] [ARGS='--only FUZZER' --messages N --name-seeds]
 
 `tests/support/wire_fuzz.py` says what each seed becomes, and what must come of it. Seeds count up from SEED, and each of
-them goes through all four fuzzers, or through the one that `--only` names. The first case that fails ends the run: its seed, the
+them goes through all fuzzers, or through the one that `--only` names. The first case that fails ends the run: its seed, the
 command that replays it, and what happened. With `--messages` the run goes on until so many messages (options, answers to options, requests and
 replies) were made, however long that takes. A line tells each minute how far the run is, and Ctrl-C ends it with what it has counted. `--name-seeds` prints the first seed of each outcome, in the form of
 `tests/support/wire_seeds.py`, which the gate replays.

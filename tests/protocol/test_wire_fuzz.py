@@ -5,12 +5,15 @@ import random
 
 import pytest
 
+from tests.support.certificates import needs_openssl
 from tests.support.wire_bytes import BytesRandom, read_corpus
 from tests.support.wire_fuzz import FUZZERS
 from tests.support.wire_seeds import SEEDS
 
+# This one makes certificates.
+MARKS = {"server, tls": [needs_openssl]}
 CASES = [
-    (fuzzer, outcome, seed)
+    pytest.param(fuzzer, outcome, seed, marks=MARKS.get(fuzzer, []))
     for fuzzer, seeds in SEEDS.items()
     for outcome, seed in seeds.items()
 ]
@@ -31,7 +34,11 @@ def test_each_fuzzer_has_named_seeds() -> None:
     assert all(len(seeds) >= 10 for seeds in SEEDS.values())
 
 
-@pytest.mark.parametrize("fuzzer", list(FUZZERS), ids=lambda it: it.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "fuzzer",
+    [pytest.param(name, marks=MARKS.get(name, [])) for name in FUZZERS],
+    ids=lambda it: it.replace(" ", "-"),
+)
 def test_corpus(fuzzer: str) -> None:
     """Run the cases that the coverage-guided fuzzer (make fuzz-wire-guided) has kept."""
     cases = read_corpus(fuzzer)

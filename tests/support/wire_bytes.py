@@ -44,7 +44,7 @@ class BytesRandom(random.Random):
 
 def corpus_path(fuzzer: str) -> Path:
     """Where the corpus of a fuzzer lies."""
-    return CORPUS / f"{fuzzer.replace(' ', '-')}.txt"
+    return CORPUS / f"{fuzzer.replace(', ', '-').replace(' ', '-')}.txt"
 
 
 def read_corpus(fuzzer: str) -> list[bytes]:

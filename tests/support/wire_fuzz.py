@@ -9,30 +9,20 @@ seed (`random.Random`), or bytes that a coverage-guided fuzzer chooses (`wire_by
     server handshake      a client's options, against `ServerHandshake`
     client handshake      a server's answers, against `ClientHandshake`
     client transmission   a server's replies, against `ClientTransmission`
-    server                handshake and requests over a socket, against a whole `Listener`
+    server                handshake and requests over a socket, against a whole `Listener` (`wire_server.py`)
+    server, tls           the same against a listener with TLS, which clients may or must use (`wire_server.py`)
 
 What must come of it: no exception but the documented ones; the same outcome however the bytes are cut up; only what was
 asked for is answered, and only once; without damage everything is answered, and as a small model says. The server must
 also answer another client meanwhile, hold nothing afterwards (no request, byte, device or descriptor), and log no error.
 """
 
-import asyncio
-import contextlib
-import logging
-import os
 import random
 import re
-import socket
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from nbdtarget.bio import Bio
-from nbdtarget.server.limits import Limits
-from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.client import ClientHandshake, ClientTransmission, Completion
 from nbdtarget_protocol.client_handshake import ClientNegotiated
@@ -40,31 +30,19 @@ from nbdtarget_protocol.errors import ReplyError
 from nbdtarget_protocol.handshake import ServerHandshake
 from nbdtarget_protocol.options import encode_option
 from nbdtarget_protocol.transmission import simple_reply
-from tests.support.patience import PATIENCE_S
-from tests.support.peer import Directory, Disk
 from tests.support.protocol_feed import ALL_FLAGS, DISK, OneExport
 from tests.support.wire_chunks import Chunks
 from tests.support.wire_conversation import (
     ASKS_FOR,
     HOW,
-    KIB,
-    PAYLOAD_MAX,
-    RANGE_SLICE,
-    READ_SLICE,
     SIZE,
-    Conversation,
-    Received,
     allocation_of,
-    check_answers,
 )
+from tests.support.wire_damage import Ended, damaged, pieces
+from tests.support.wire_server import fuzz_server, fuzz_server_with_tls
 
 __all__ = ["FUZZERS", "Ended"]
 
-NR_OPTIONS: Final = 2  # of a conversation with a whole server, at least
-QUIET_AT: Final = 8 * KIB  # where another client reads
-PIECES_MAX: Final = 400  # of one conversation, about
-LATE_S: Final = 150.0  # another client waits so long for a reply, on a machine that has much else to do
-TIMEOUT_S: Final = 300.0  # for one conversation; it takes a second, on a machine that has nothing else to do
 OPTIONS: Final = (
     *(c.OPT_LIST, c.OPT_INFO, c.OPT_GO, c.OPT_EXPORT_NAME, c.OPT_STRUCTURED_REPLY),
     *(c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT, c.OPT_STARTTLS, 77),
@@ -74,63 +52,10 @@ NAMES: Final = ("", "disk", "disk", "disk", "nobody", "\0", "x" * 5000)
 QUERIES: Final = ("base:", "base:allocation", "x-nbdtarget:hydration", "y", ":")
 
 
-class Ended(NamedTuple):
-    """How a case ended.
-
-    Attributes:
-        nr_messages: options, answers to options, requests or replies that were made for it; each counts once, also if it is
-            received twice, whole and in pieces.
-    """
-
-    outcome: str
-    nr_messages: int
-
-
-# ---- bytes ----
-
-
-def damaged(rng: random.Random, data: bytes) -> bytes:
-    """`data` with some of it changed, doubled, left out, or cut off."""
-    damage = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        if not damage:
-            break
-        at = rng.randrange(len(damage))
-        length = min(rng.choice((1, 2, 4, 8, 28)), len(damage) - at)
-        match rng.randrange(5):
-            case 0:
-                damage[at] ^= 1 << rng.randrange(8)
-            case 1:
-                damage[at : at + length] = rng.randbytes(length)
-            case 2:
-                del damage[at : at + length]
-            case 3:
-                damage[at:at] = damage[at : at + length]
-            case _:
-                damage[at : at + length] = rng.choice((b"\0", b"\xff")) * length
-    if rng.random() < 0.2:
-        del damage[rng.randrange(len(damage) + 1) :]
-    return bytes(damage)
-
-
 def _beginning(error: Exception) -> str:
     """The words that a message begins with, up to the first number or name."""
     found = re.match(r"[A-Za-z_ ]+", str(error))
     return found[0].strip() if found else "?"
-
-
-def pieces(rng: random.Random, data: bytes) -> Iterator[bytes]:
-    """`data`, cut up."""
-    longest = rng.choice((1, 3, 30, 500, 1 << 20))
-    # Each piece of a few bytes costs as much as a long one: in much data, every other one is long.
-    leap = len(data) // PIECES_MAX * 2 if len(data) > PIECES_MAX * longest else 0
-    at = 0
-    while at < len(data):
-        length = rng.randint(1, longest)
-        if leap and rng.random() < 0.5:
-            length = leap - rng.randrange(leap // 2)
-        yield data[at : at + length]
-        at += length
 
 
 # ---- a client's handshake ----
@@ -343,179 +268,10 @@ def fuzz_client_transmission(rng: random.Random) -> Ended:
     return Ended("all answered" if is_all else "some unanswered", len(asked))
 
 
-# ---- a whole server ----
-
-
-class LateDisk(Disk):
-    """Ends its bios in a later turn of the loop, in the order in which they came."""
-
-    def submit(self, bio: Bio) -> None:
-        bio.own()
-        asyncio.get_running_loop().call_soon(self.carry_out, bio)
-
-
-async def _receive_all(sock: socket.socket) -> bytes:
-    loop = asyncio.get_running_loop()
-    received = b""
-    while True:
-        try:
-            piece = await loop.sock_recv(sock, 1 << 20)
-        except ConnectionError:
-            return received
-        if not piece:
-            return received
-        received += piece
-
-
-async def _send_all(sock: socket.socket, stream: Sequence[bytes]) -> None:
-    loop = asyncio.get_running_loop()
-    for piece in stream:
-        try:
-            await loop.sock_sendall(sock, piece)
-        except ConnectionError:
-            return
-        await asyncio.sleep(0)
-    with contextlib.suppress(OSError):  # the server was faster
-        sock.shutdown(socket.SHUT_WR)
-
-
-async def _connect(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, str(path))
-    return sock
-
-
-def _transmission_of(sent: bytes) -> bytes:
-    """Return the bytes that a server sent behind the last answer to an option; empty if it did not get so far."""
-    at = 18
-    while sent[at : at + 8] == c.OPTION_REPLY_MAGIC.to_bytes(8):
-        _, code, kind, length = c.OPTION_REPLY.unpack_from(sent, at)
-        at += c.OPTION_REPLY.size + length
-        if (code, kind) == (c.OPT_GO, c.REP_ACK):
-            return sent[at:]
-    return b""
-
-
-async def _talk(
-    rng: random.Random, conversation: Conversation, stream: bytes, disk: Disk
-) -> bytes:
-    """Let a server of its own carry out `stream`; return what it sent."""
-    limits = Limits(
-        poison_borrowed=True,
-        handshake_timeout_s=TIMEOUT_S,  # of the quiet client, while the hostile one talks
-        payload_max=PAYLOAD_MAX,
-        read_slice=READ_SLICE,
-        range_slice=RANGE_SLICE,
-        turn_bytes_max=64 * KIB,
-        flush_at=rng.choice((100, 128 * KIB)),
-    )
-    directory = Directory({"disk": disk})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "s"
-        listener = Listener(directory, limits=limits)
-        await listener.start(f"unix:{path}")
-        quiet = await _connect(path)
-        hostile = await _connect(path)
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                sending = asyncio.create_task(
-                    _send_all(hostile, list(pieces(rng, stream)))
-                )
-                receiving = asyncio.create_task(_receive_all(hostile))
-                await _check_quiet(quiet, disk, receiving)
-                received = await receiving
-                await sending
-        finally:
-            quiet.close()
-            hostile.close()
-            await listener.close(grace_s=PATIENCE_S)
-        assert listener.nr_connections == 0
-        budget = listener.budget
-        assert budget is not None
-        assert (budget.nr_requests, budget.nr_bytes, budget.nr_waiters) == (0, 0, 0)
-    assert directory.nr_open == {"disk": 0}
-    return received
-
-
-async def _check_quiet(
-    sock: socket.socket, disk: Disk, hostile: asyncio.Task[bytes]
-) -> None:
-    """Another client, which was greeted before, attaches and reads as long as the hostile one is served, and once more."""
-    loop = asyncio.get_running_loop()
-    attach = c.CLIENT_FLAGS.pack(3) + encode_option(c.OPT_EXPORT_NAME, b"disk")
-    await loop.sock_sendall(sock, attach)
-    head_bytes, reply_bytes = 18 + 10, 16 + 4096
-    async with asyncio.timeout(LATE_S):
-        await _receive_exactly(sock, head_bytes)
-    cookie, is_last = 0, False
-    while not is_last:
-        is_last = hostile.done()
-        cookie += 1
-        read = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, QUIET_AT, 4096)
-        await loop.sock_sendall(sock, read)
-        async with asyncio.timeout(LATE_S):
-            received = await _receive_exactly(sock, reply_bytes)
-        assert received[:16] == simple_reply(0, cookie)
-    assert received[16:] == disk.data[QUIET_AT : QUIET_AT + 4096]
-    disc = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_DISC, 7, 0, 0)
-    await loop.sock_sendall(sock, disc)
-    assert await _receive_all(sock) == b""
-
-
-async def _receive_exactly(sock: socket.socket, length: int) -> bytes:
-    received = b""
-    while len(received) < length:
-        piece = await asyncio.get_running_loop().sock_recv(sock, length - len(received))
-        assert piece, "the server has closed a client that did nothing wrong"
-        received += piece
-    return received
-
-
-class _Errors(logging.Handler):
-    """Keeps what the server logs as an error."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-def fuzz_server(rng: random.Random) -> Ended:
-    is_late = rng.random() < 0.4
-    disk = LateDisk(SIZE) if is_late else Disk(SIZE)
-    disk.data[:] = rng.randbytes(SIZE)
-    disk.data[: 64 * KIB] = bytes(64 * KIB)  # holes
-    conversation = Conversation(rng, bytes(disk.data))
-    stream = conversation.stream
-    if is_damaged := rng.random() < 0.5:
-        stream = damaged(rng, stream)
-    nr_messages = NR_OPTIONS + len(conversation.asked)
-    nr_open = len(os.listdir("/proc/self/fd"))
-    errors = _Errors()
-    logger = logging.getLogger("nbdtarget")
-    logger.addHandler(errors)
-    try:
-        sent = asyncio.run(_talk(rng, conversation, stream, disk))
-    finally:
-        logger.removeHandler(errors)
-    assert not errors.records, errors.records[0].getMessage()
-    assert len(os.listdir("/proc/self/fd")) == nr_open, "a descriptor stays open"
-    if is_damaged:
-        end = "attached" if _transmission_of(sent) else "not attached"
-        return Ended(f"damaged: {end}", nr_messages)
-    check_answers(conversation, Received(_transmission_of(sent), conversation))
-    assert conversation.expects(disk.data), "the disk does not hold what was written"
-    when = "late" if is_late else "at once"
-    end = f"ended by {conversation.ends}, {conversation.how} replies {when}"
-    return Ended(end, nr_messages)
-
-
 FUZZERS: Final = {
     "server handshake": fuzz_server_handshake,
     "client handshake": fuzz_client_handshake,
     "client transmission": fuzz_client_transmission,
     "server": fuzz_server,
+    "server, tls": fuzz_server_with_tls,
 }
