@@ -17,10 +17,17 @@ from nbdtarget.daemon.activation import passed_sockets
 from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
 from nbdtarget.server.listener import export_uri
 from nbdtarget.server.tls import TlsOptions
+from nbdtarget_protocol.handshake import TlsMode
 
 __all__ = ["TlsClient", "client_lines", "print_attach", "tls_client"]
 
 CERTIFICATES: Final = "CERTIFICATES"
+_OWN_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+_OURS: Final = (
+    *_OWN_HOSTS,
+    "0.0.0.0",
+    "::",
+)  # a listener there can be reached as each of these
 _CLIENT_FILES: Final = ("client-cert.pem", "client-key.pem")
 
 
@@ -55,8 +62,11 @@ def print_attach(what: str, name: str, uris: list[str], tls: TlsOptions) -> None
     print(f"{what}: attach to")
     for uri in exports:
         print(f"  {uri}")
-    client = tls_client(parse_nbd_uri(exports[0]), tls)
-    if lines := client_lines(exports[0], client):
+    first = exports[0]
+    if tls.tls_mode is TlsMode.ON and tls.verify_peer:
+        first = first.replace("nbd", "nbds", 1)  # plain clients may not attach
+    client = tls_client(parse_nbd_uri(first), tls)
+    if lines := client_lines(first, client):
         print(f"for example with one of{client.where}")
     for line in lines:
         print(f"  {line}")
@@ -76,7 +86,13 @@ def tls_client(server: NbdUri, tls: TlsOptions) -> TlsClient:
         names = host_names(os.path.join(directory, "server-cert.pem"))
     except NbdTargetError:
         names = ()  # it was replaced meanwhile; the server has the old one, and serves
-    host = server.host if server.host in names else next(iter(names), "")
+    # Of those that the certificate has: the one of the URI, one that this machine has for itself, or any.
+    hosts = (
+        [server.host, *_OWN_HOSTS, *names]
+        if server.host in _OURS
+        else [server.host, *names]
+    )
+    host = next((each for each in hosts if each in names), "")
     needed = ["ca-cert.pem"]
     if tls.verify_peer:
         needed += _CLIENT_FILES

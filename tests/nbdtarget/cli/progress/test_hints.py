@@ -111,6 +111,26 @@ def test_directory_of_a_client_is_asked_for_if_the_server_has_none(
 
 
 @needs_openssl
+def test_lines_use_tls_where_it_is_on_and_clients_are_verified(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = TlsOptions("on", str(authority()[1]), True)
+    print_attach("d is served", "d", ["nbd://0.0.0.0:7/{name}"], options)
+    assert "nbdinfo 'nbds://localhost:7/d?tls-cert" in capsys.readouterr().out
+    options = TlsOptions("on", str(authority()[1]), False)
+    print_attach("d is served", "d", ["nbd://0.0.0.0:7/{name}"], options)
+    assert "nbdinfo nbd://0.0.0.0:7/d\n" in capsys.readouterr().out
+
+
+@needs_openssl
+def test_host_is_one_of_this_machine_if_the_certificate_has_one(tmp_path: Path) -> None:
+    authority()[0].issue(tmp_path, "server", "x", "DNS:far.example,DNS:localhost")
+    for uri, host in (("0.0.0.0", "localhost"), ("192.0.2.1", "far.example")):
+        said = tls_lines(f"nbds://{uri}:7/d", tmp_path, verify=False)
+        assert said["nbdinfo"].startswith(f"'nbds://{host}:7/d?")
+
+
+@needs_openssl
 def test_tcp_server_whose_certificate_names_no_host_has_no_lines(
     tmp_path: Path,
 ) -> None:
