@@ -59,6 +59,6 @@ def test_plain_text_that_is_served_is_noticed(
         "require: plain": ListenerTls(TlsOptions("on", str(authority()[1]))),
         "on: ahead": NO_TLS,  # STARTTLS is refused, and what follows is served
     }
-    monkeypatch.setattr(wire_server, "_listener_tls", lambda *_, **__: broken[outcome])
+    monkeypatch.setattr(wire_server, "_listener_tls", lambda _: broken[outcome])
     with pytest.raises(AssertionError):
         fuzz_server_with_tls(random.Random(SEEDS["server, tls"][outcome]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wire fuzzing of a whole server: a hostile client and a quiet one, over sockets, in one event loop.
 
-With TLS the hostile client does one of these, to a listener with TLS `on` or `require`:
+With TLS the hostile client does one of these, to a listener of one of the `MODES`:
 
     plain         speaks plain text, and does not ask for TLS, or asks with a payload, which is refused
     ahead         sends plain text behind STARTTLS, without waiting: none of it may be taken
@@ -58,6 +58,13 @@ LATE_TURNS: Final = 200  # 7 in all cases of a long run
 LATE_CPU_S: Final = 2.0  # a hundredth in all cases of a long run
 TIMEOUT_S: Final = 300.0  # for one conversation; it takes a second, on a machine that has nothing else to do
 GREETING_BYTES: Final = 18
+# The mode of the listener, and whether it verifies certificates. Only the first one serves clients without TLS.
+MODES: Final = {
+    "on": ("on", False),
+    "on and verified": ("on", True),
+    "require": ("require", False),
+    "require and verified": ("require", True),
+}
 KINDS: Final = ("plain", "ahead", "handshake", "encrypted", "encrypted", "records")
 
 T = TypeVar("T")
@@ -375,8 +382,9 @@ def fuzz_server(rng: random.Random) -> Ended:
 
 
 @functools.cache
-def _listener_tls(mode: str, *, verify_peer: bool) -> ListenerTls:
-    return ListenerTls(TlsOptions(mode, str(authority()[1]), verify_peer))
+def _listener_tls(mode: str) -> ListenerTls:
+    of_listener, verify_peer = MODES[mode]
+    return ListenerTls(TlsOptions(of_listener, str(authority()[1]), verify_peer))
 
 
 def _answers(sent: bytes) -> list[tuple[int, int]]:
@@ -391,11 +399,19 @@ def _answers(sent: bytes) -> list[tuple[int, int]]:
     return found
 
 
+def _check_plain(mode: str, sent: bytes, *, is_refused: bool) -> None:
+    """Look at what came of plain text."""
+    assert not (is_refused and _transmission_of(sent)), "plain text is served"
+    if "require" in mode:
+        for code, answer in _answers(sent):
+            is_error = bool(answer & c.REP_FLAG_ERROR)
+            assert is_error or code in (c.OPT_STARTTLS, c.OPT_ABORT)
+
+
 def fuzz_server_with_tls(rng: random.Random) -> Ended:
     disk, _ = _make_disk(rng)
     conversation = Conversation(rng, bytes(disk.data))
-    mode, kind = rng.choice(("on", "require")), rng.choice(KINDS)
-    tls = _listener_tls(mode, verify_peer=rng.random() < 0.5)
+    mode, kind = rng.choice(tuple(MODES)), rng.choice(KINDS)
     stream, is_damaged = conversation.stream, rng.random() < 0.5
     head, options = stream[: c.CLIENT_FLAGS.size], stream[c.CLIENT_FLAGS.size :]
     if kind == "plain" and rng.random() < 0.5:
@@ -435,28 +451,23 @@ def fuzz_server_with_tls(rng: random.Random) -> Ended:
 
     is_silent = rng.random() < 0.5
     is_part = kind in ("handshake", "records") and not is_damaged
-    quiet_encrypts = mode == "require" or rng.random() < 0.5
+    quiet_encrypts = mode != "on" or rng.random() < 0.5
     sent = _carry_out(
         lambda: _talk(
             rng,
             hostile,
             disk,
-            tls,
+            _listener_tls(mode),
             quiet_encrypts=quiet_encrypts,
             is_served=not (is_part and is_silent),
         )
     )
-    nr_messages = NR_OPTIONS + len(conversation.asked)
     what = f"{mode}: {kind}{', damaged' if is_damaged else ''}"
     if is_part:
         what += ", silent" if is_silent else ", cut off"
     if kind in ("plain", "ahead"):
-        if mode == "require" or (kind == "ahead" and not is_damaged):
-            assert not _transmission_of(sent), "plain text is served"
-        if mode == "require":
-            for code, answer in _answers(sent):
-                is_refused = bool(answer & c.REP_FLAG_ERROR)
-                assert is_refused or code in (c.OPT_STARTTLS, c.OPT_ABORT)
+        is_ahead = kind == "ahead" and not is_damaged
+        _check_plain(mode, sent, is_refused=mode != "on" or is_ahead)
         if not is_damaged and kind == "plain" and mode == "on":
             _check(conversation, sent, disk)
     elif kind == "encrypted":
@@ -464,4 +475,4 @@ def fuzz_server_with_tls(rng: random.Random) -> Ended:
         if not is_damaged:
             _check(conversation, sent, disk)
             what += f", ended by {conversation.ends}, {conversation.how} replies"
-    return Ended(what, nr_messages)
+    return Ended(what, NR_OPTIONS + len(conversation.asked))
