@@ -184,7 +184,7 @@ class FiguresAnswer(Answer):
     refusals: Annotated[
         dict[str, int],
         told(
-            "Clients that were refused because of who they are, by reason: `certificate`, `no_certificate`, `tls`, `rules`."
+            "Clients that were refused because of who they are, by reason: `certificate`, `no_certificate`, `no_tls`, `tls`, `rules`."
         ),
     ] = field(default_factory=dict)
 

@@ -140,7 +140,7 @@ SERVER: Final = (
     Family(
         "nbdtarget_clients_refused_total",
         COUNTER,
-        "Clients that were refused because of their certificate, because they showed none, because the handshake of TLS failed, or by the rules of an export.",
+        "Clients that were refused because of their certificate, because they showed none, because they do not use TLS, because the handshake of TLS failed, or by the rules of an export.",
         ("reason",),
         _refusals,
     ),

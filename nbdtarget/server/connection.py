@@ -350,6 +350,10 @@ class Connection:
             self._requests.release()
         if self._reception is not None:
             self._reception.release()
+        if self._negotiation.handshake.lacks_tls:
+            who = f"{self.peer} ({self._negotiation.identity})"
+            reason = "does not use TLS, which is required here"
+            self._shared.refusals.note("no_tls", f"{who}: {reason}")
         self._patience.release()
         self._input = self._requests = self._reception = None
         self._flush_scheduled.cancel()

@@ -3,6 +3,7 @@
 
     certificate       it showed one that is not accepted: of another authority, expired, withdrawn
     no_certificate    it showed none, and one is asked for
+    no_tls            it does not use TLS, which is required
     tls               the handshake of TLS failed for another reason; often the client does not accept our certificate
     rules             no rule lets it attach the export
 
@@ -20,7 +21,7 @@ __all__ = ["REASONS", "REFUSALS_LOGGED_MAX", "REFUSALS_PERIOD_S", "Refusals"]
 
 log = logging.getLogger(__name__)
 
-REASONS: Final = ("certificate", "no_certificate", "tls", "rules")
+REASONS: Final = ("certificate", "no_certificate", "no_tls", "tls", "rules")
 REFUSALS_LOGGED_MAX: Final = 20  # lines
 REFUSALS_PERIOD_S: Final = 60.0
 

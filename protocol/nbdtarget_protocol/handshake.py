@@ -244,6 +244,7 @@ class ServerHandshake:
         closed: nothing more is read or answered; send what is queued and close.
         error: why, if it was not the client's wish.
         starts_tls: the caller must start TLS, and call `tls_started` then.
+        lacks_tls: options were refused because TLS has to be started first, and it has not been so far.
         is_encrypted: `tls_started` was called.
     """
 
@@ -262,6 +263,7 @@ class ServerHandshake:
         self.exports = exports
         self.tls = tls
         self.starts_tls = False
+        self.lacks_tls = False
         self.is_encrypted = False
         self.option_length_max = option_length_max
         self.option_swallow_max = option_swallow_max
@@ -426,6 +428,7 @@ class ServerHandshake:
             and not self.is_encrypted
             and option not in (OPT_STARTTLS, OPT_ABORT)
         ):
+            self.lacks_tls = True
             if option == OPT_EXPORT_NAME:  # has no error reply
                 self._fail("EXPORT_NAME refused: this server requires TLS")
                 return None
@@ -502,6 +505,7 @@ class ServerHandshake:
             return
         self._reply(OPT_STARTTLS, REP_ACK)
         self.starts_tls = True
+        self.lacks_tls = False
 
     def _handle_unsupported(self, data: bytes) -> None:
         raise OptionError(REP_ERR_UNSUP, "not supported by this server")

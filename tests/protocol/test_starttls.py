@@ -177,7 +177,10 @@ def test_contexts_injected_before_starttls_do_not_hold_afterwards() -> None:
 def test_only_starttls_and_abort_are_answered_where_tls_is_required(
     option: int, payload: bytes
 ) -> None:
-    handshake = server(TlsMode.REQUIRE, encode_option(option, payload), STARTTLS)
+    handshake = server(TlsMode.REQUIRE, encode_option(option, payload))
+    assert handshake.lacks_tls
+    handshake.receive_data(STARTTLS)
+    assert not handshake.lacks_tls
     assert answers(handshake) == [(option, REP_ERR_TLS_REQD), (OPT_STARTTLS, REP_ACK)]
 
 

@@ -305,6 +305,34 @@ async def test_certificate_that_is_refused_is_logged_with_its_name(
     assert f"is not accepted: {reason} (the name in it: {whose})" in said.getMessage()
 
 
+async def test_client_without_the_tls_that_is_required_is_logged_and_counted_once(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = await started(served, options("require"))
+    peer = await served.connect()
+    await peer.greet()
+    for option in (c.OPT_STRUCTURED_REPLY, c.OPT_LIST):
+        peer.option(option)
+        assert (await peer.option_reply())[0] == c.REP_ERR_TLS_REQD
+    peer.writer.close()
+    await served.until_connections(0)
+    assert listener.refusals.counts["no_tls"] == 1
+    (said,) = caplog.messages
+    assert "does not use TLS, which is required here" in said
+    # One that asks for TLS after such an answer is not refused.
+    good = await served.connect()
+    await good.greet()
+    good.option(c.OPT_LIST)
+    assert (await good.option_reply())[0] == c.REP_ERR_TLS_REQD
+    good.option(c.OPT_STARTTLS)
+    assert (await good.option_reply())[0] == c.REP_ACK
+    await encrypt(good)
+    await attach(good)
+    good.writer.close()
+    await served.until_connections(0)
+    assert listener.refusals.counts["no_tls"] == 1
+
+
 async def test_client_without_a_certificate_is_logged_and_counted(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
