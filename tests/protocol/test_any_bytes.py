@@ -112,7 +112,11 @@ OPTIONS = (
 )
 
 
-@given(st.data(), streams(*OPTIONS), st.just(NEW_CLIENT) | st.binary(max_size=5))
+SERVER_HANDSHAKE_INPUT = given(
+    st.data(), streams(*OPTIONS), st.just(NEW_CLIENT) | st.binary(max_size=5)
+)
+
+
 def server_handshake(data: Any, stream: bytes, start: bytes) -> None:
     handshake = ServerHandshake(
         OneExport(), option_length_max=200, options_max=10, output_max=500
@@ -128,7 +132,7 @@ def server_handshake(data: Any, stream: bytes, start: bytes) -> None:
 
 @each_number
 def test_server_handshake(nr_examples: int) -> None:
-    settings(max_examples=nr_examples)(server_handshake)()
+    settings(max_examples=nr_examples)(SERVER_HANDSHAKE_INPUT(server_handshake))()
 
 
 REPLIES = (
@@ -174,7 +178,9 @@ GREETINGS = (
 )
 
 
-@given(st.data(), streams(*REPLIES), GREETINGS, st.booleans())
+CLIENT_HANDSHAKE_INPUT = given(st.data(), streams(*REPLIES), GREETINGS, st.booleans())
+
+
 def client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) -> None:
     handshake = ClientHandshake(
         "disk", want_extended=wanted, reply_length_max=100, replies_max=5
@@ -191,7 +197,7 @@ def client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) -> No
 
 @each_number
 def test_client_handshake(nr_examples: int) -> None:
-    settings(max_examples=nr_examples)(client_handshake)()
+    settings(max_examples=nr_examples)(CLIENT_HANDSHAKE_INPUT(client_handshake))()
 
 
 COOKIES = st.integers(1, 5)
@@ -223,13 +229,15 @@ EXTENDED_CHUNKS = (
 )  # fmt: skip
 
 
-@given(
+CLIENT_TRANSMISSION_INPUT = given(
     st.data(),
     st.one_of(
         st.tuples(streams(*CHUNKS), st.sampled_from([STRUCTURED, SIMPLE])),
         st.tuples(streams(*EXTENDED_CHUNKS), st.just(EXTENDED)),
     ),
 )
+
+
 def client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
     stream, negotiated = fed
     requests = [
@@ -251,7 +259,7 @@ def client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
 
 @each_number
 def test_client_transmission(nr_examples: int) -> None:
-    settings(max_examples=nr_examples)(client_transmission)()
+    settings(max_examples=nr_examples)(CLIENT_TRANSMISSION_INPUT(client_transmission))()
 
 
 @given(
