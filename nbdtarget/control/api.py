@@ -20,7 +20,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdtarget.common.clock import LoopClock, Timer
+from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, UnixSocket
@@ -72,8 +72,10 @@ class ControlServer:
         tokens: ControlTokens = NO_TOKENS,
         access: SocketAccess = PRIVATE,
         has_verbs: bool = True,
+        clock: Clock | None = None,
     ) -> None:
         self._has_verbs = has_verbs
+        self._clock = clock or LoopClock()
         self.address = address
         self._verbs = verbs
         self.tokens = tokens
@@ -197,7 +199,7 @@ class ControlServer:
         self._answering = None
         if self._listener is not None:
             _disconnect_all(self._listener)
-            self._retry = LoopClock().call_later(RETRY_S, self._await_first_client)
+            self._retry = self._clock.call_later(RETRY_S, self._await_first_client)
 
     def _await_no_client(self, listener: socket.socket) -> None:
         if self._retry is not None:
