@@ -117,6 +117,15 @@ class HelperDevice(NbdDevice):
         connection.close()
         return connection.negotiated.size
 
+    async def check_again(self) -> None:
+        # What opens the image again starts a helper of its own.
+        source = self._source
+        if source.container is not None:
+            await source.container.device.check_again()
+        if difference := source.state.difference(await look_at_image(source.words)):
+            reason = f"the image was replaced or written to: {difference}"
+            raise ResolveError(self.name, reason)
+
     async def identify(self, role: str) -> Evidence:
         source = self._source
         ids = (*source.words.ids, *source.state.ids)

@@ -265,6 +265,22 @@ async def test_image_that_was_replaced_while_its_program_was_away_is_never_read(
     assert "nothing more is read from it" in caplog.text
 
 
+async def test_image_can_be_opened_again_until_it_is_replaced(
+    tmp_path: Path, raw: bytes
+) -> None:
+    convert(tmp_path, "qcow2", "image")
+    convert(tmp_path, "qcow2", "other", "-c")
+    async with opened(f"qemu:qcow2:{tmp_path}/image") as device:
+        pid = device.helper_pid
+        await device.check_again()
+        assert device.helper_pid == pid
+        (tmp_path / "other").rename(tmp_path / "image")
+        with pytest.raises(ResolveError, match="was replaced or written to: its "):
+            await device.check_again()
+        assert device.health.state is HealthState.OK
+        assert await device.read(0, 512) == raw[:512]
+
+
 async def test_image_that_is_replaced_while_it_is_opened_is_refused(
     tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
