@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Until when certificates are valid that disks of other servers (`nbds:`) use, and what is said when some end.
 
-The files of listeners are read with their certificates (`ListenerTls`). Those of disks are read when somebody asks, and again when they have changed:
+The files of listeners are read with their certificates (`ListenerTls`). Those of disks are read when a status, a metric or the daily look needs them, and again when they have changed:
 each new connection of such a disk reads them, too.
 """
 

@@ -75,7 +75,7 @@ class Reopenings:
                 log.warning("%s: is open again", device.name)
                 self.opened()
         except Exception:
-            # The last line of defence: the others are tried all the same.
+            # A bug of ours. This device is not tried again, and shows why it is not open; the others are tried.
             log.exception("%s: opening it again", device.name)
         finally:
             del self._tasks[device], self._again[device]

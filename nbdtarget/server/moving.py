@@ -61,7 +61,7 @@ class SocketState(msgspec.Struct, frozen=True):
     Attributes:
         path: of a unix socket whose path is ours.
         address: what was asked for.
-        tls: how it is served, whatever the configuration file says now.
+        tls: the options with which the old process served it. The configuration file may have changed since.
     """
 
     path: str | None
@@ -70,7 +70,7 @@ class SocketState(msgspec.Struct, frozen=True):
 
 
 class ListenerState(msgspec.Struct, frozen=True):
-    """All sockets of a listener. `limits`: its bounds, whatever the configuration file says now."""
+    """All sockets of a listener. `limits`: the bounds of the old process. The configuration file may have changed since."""
 
     sockets: tuple[SocketState, ...]
     connections: tuple[MovedConnection, ...]

@@ -137,7 +137,7 @@ TLS: Final = (
     ),
     Mutant(
         "clients-without-a-certificate-are-served",
-        "A listener that verifies certificates serves whoever does not use TLS.",
+        "A listener that verifies certificates also serves clients without TLS.",
         "nbdtarget.server.export:DirectoryExports._rights",
         (
             (

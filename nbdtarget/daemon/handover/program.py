@@ -68,6 +68,7 @@ class Program:
                 pass_fds=(theirs.fileno(), stderr),
             )
         except BaseException as error:
+            # Also when this task is cancelled: the pipe has no other owner yet.
             os.close(said)
             if not isinstance(error, OSError):
                 raise

@@ -642,6 +642,7 @@ class NbdDevice(Device):
             try:
                 await self._connect_once()
             except Exception as error:
+                # Also after a bug of ours: reads and writes wait for this loop, so it must go on.
                 self._note_refusal(error)
                 delay_s = min(2 * delay_s, RECONNECT_S_MAX)
 

@@ -100,7 +100,7 @@ class Given:
 async def test_new_process_protects_what_it_takes_over_as_the_old_one_did(
     tmp_path: Path,
 ) -> None:
-    """Whatever its own options say: the configuration file may have changed since the old process read it."""
+    """The options of the old process count. The new one has read the configuration file, which may have changed."""
     tls = SecurityOptions(TlsOptions("require", str(authority()[1]), True))
     tokens = ControlTokens("correct-horse-battery", "only-a-quick-look-please")
     limits = Limits(connections_max=3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices that could not be opened again after a hand-over are tried until they are open, gone, or somebody else's."""
+"""Devices that could not be opened again after a hand-over are tried again until they are open, are removed, or get another table."""
 
 import asyncio
 

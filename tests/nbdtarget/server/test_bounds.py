@@ -279,7 +279,7 @@ async def test_bound_that_is_met_counts(name: str, served: Served) -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        # The first request may begin whatever its size, so less than nothing is left for the second one.
+        # The first request of an export may begin although it is longer than the bound. Then the room for the second one is negative.
         ({"export_bytes_max": BIG // 2}, "export_bytes_max"),
         ({"export_bytes_max": 2 * BIG - 1}, "export_bytes_max"),
         ({"bytes_in_flight_max": BIG // 2}, "bytes_in_flight_max"),
